@@ -1,0 +1,79 @@
+"""Perplexity of a model as it is and with its cache compressed, in Hugging Face transformers."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from calibration.attention import Tap, tapped
+from vllm_kvsplice.codec import LayerCodec
+
+# all: every key and value as stored, position 0 exact. serving: position 0 as the server has it, too.
+Mode = Literal["all", "serving"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity without and with compression over `tokens` predicted tokens."""
+
+    baseline_ppl: float
+    ppl: float
+    tokens: int
+
+    @property
+    def change_percent(self) -> float:
+        return (self.ppl / self.baseline_ppl - 1) * 100
+
+
+def evaluate(
+    model: PreTrainedModel,
+    codecs: Mapping[int, LayerCodec],
+    windows: Tensor,
+    mode: Mode,
+    progress: Callable[[], None],
+) -> Evaluation:
+    """Judge `codecs` (by layer index; others stay dense) on token ids `windows` [W, T]; `progress` is called per window."""
+    tap = compressing_tap(codecs, mode)
+    plain = squeezed = 0.0
+    for window in windows:
+        plain += _loss(model, window)
+        with tapped(model, tap):
+            squeezed += _loss(model, window)
+        progress()
+    tokens = len(windows) * (windows.shape[1] - 1)
+    return Evaluation(math.exp(plain / tokens), math.exp(squeezed / tokens), tokens)
+
+
+def compressing_tap(codecs: Mapping[int, LayerCodec], mode: Mode) -> Tap:
+    """A tap under which a model attends to what the codec gives back."""
+
+    def tap(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in codecs:
+            return key, value
+        pairs = [_restore(codecs[layer], k, v, mode) for k, v in zip(key, value, strict=True)]
+        keys, values = zip(*pairs, strict=True)
+        return torch.stack(keys), torch.stack(values)
+
+    return tap
+
+
+def _restore(codec: LayerCodec, key: Tensor, value: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
+    """One sequence's keys and values [H, T, D] as stored."""
+    positions = torch.arange(key.shape[1], device=key.device)
+    restored = codec.reconstruct(key.transpose(0, 1), value.transpose(0, 1), positions)
+    stored = [x.transpose(0, 1).to(key.dtype) for x in restored]
+    if mode == "all":
+        stored[0][:, 0], stored[1][:, 0] = key[:, 0], value[:, 0]
+    return stored[0], stored[1]
+
+
+@torch.no_grad()
+def _loss(model: PreTrainedModel, window: Tensor) -> float:
+    """Summed negative log-likelihood of a window's tokens but the first, in nats."""
+    window = window.to(model.device)
+    logits = model(window[None], use_cache=False).logits[0, :-1].float()
+    return float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))

@@ -1,0 +1,207 @@
+"""`pca`: the closed-form codec. A Fisher-weighted Karhunen-Loeve transform and Lloyd-Max codebooks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibration.plan import Plan
+from calibration.statistics import KindStatistics, Statistics
+from vllm_kvsplice.artifact import pack_levels
+from vllm_kvsplice.codec import LEVELS
+from vllm_kvsplice.layout import GROUP, MAX_WIDTH
+
+# Share of the mean eigenvalue added to every direction of the Fisher matrix, so that no direction is free.
+FISHER_FLOOR = 0.05
+# Unit-variance latents fall into bins of 1/100 standard deviation, out to 12.
+_BINS_PER_UNIT, _REACH = 100, 12.0
+_LLOYD_ROUNDS = 40
+
+
+@dataclass(frozen=True)
+class FittedCodec:
+    """A plan and the tensors that an artifact holds for it (all but the rotary frequencies)."""
+
+    plan: Plan
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Analysis E and synthesis D = E^-1, [L, H, D, D] each, and the weighted variance of each latent, [L, H, D].
+
+    Latent i has unit variance, and an error of variance v in it costs ``importance[i] * v``.
+    """
+
+    analysis: Tensor
+    synthesis: Tensor
+    importance: Tensor
+
+
+@dataclass(frozen=True)
+class Codebooks:
+    """For every group and width b in 0..8: levels [L, H, G, 2**b] by width, and distortion [L, H, G, 9]."""
+
+    levels: list[Tensor]
+    distortion: Tensor
+
+    def of(self, widths: Tensor) -> Tensor:
+        """The codebooks [L, H, G, 256] of a plan's `widths` [L, H, G]; past 2**b they repeat the last level."""
+        chosen = torch.zeros(*widths.shape, LEVELS)
+        for width, levels in enumerate(self.levels):
+            padded = torch.cat((levels, levels[..., -1:].expand(*widths.shape, LEVELS - levels.shape[-1])), -1)
+            chosen = torch.where((widths == width)[..., None], padded, chosen)
+        return chosen
+
+
+def fit_pca(statistics: Statistics, plan: Callable[[Tensor], Plan]) -> FittedCodec:
+    """Fit transforms, codebooks and sinks; `plan` chooses widths from distortions [2, L, H, G, 9]."""
+    kinds = {"key": statistics.key, "value": statistics.value}
+    transforms = {name: weighted_klt(kind) for name, kind in kinds.items()}
+    codebooks = {name: fit_codebooks(kind, transforms[name]) for name, kind in kinds.items()}
+    chosen = plan(torch.stack([book.distortion for book in codebooks.values()]))
+    tensors: dict[str, Tensor] = {}
+    for (name, kind), widths in zip(kinds.items(), chosen.widths, strict=True):
+        levels = codebooks[name].of(widths)
+        sink, coded = fit_sinks(kind, transforms[name], levels)
+        on = (widths > 0).repeat_interleave(GROUP, -1).float()
+        tensors |= {
+            f"{name}.mean": kind.mean,
+            f"{name}.analysis": transforms[name].analysis * on[..., None],
+            f"{name}.synthesis": transforms[name].synthesis * on[..., None, :],
+            f"{name}.levels": pack_levels(levels, widths.tolist()),
+            f"{name}.sink": sink,
+            f"{name}.sink_coded": coded.float(),
+        }
+    return FittedCodec(chosen, tensors)
+
+
+def weighted_klt(statistics: KindStatistics) -> Transform:
+    """The transform that decorrelates latents in the metric of the Fisher matrix.
+
+    With A the square root of the (regularised) Fisher matrix and A S A = U diag(e) U^T for covariance S, the latents are
+    z = diag(e)^-1/2 U^T A u: uncorrelated, of unit variance, and squared errors in them add up to u's Fisher-weighted
+    squared error (the KLT is optimal for a weighted square error: Gray & Neuhoff, Quantization, 1998).
+    """
+    covariance = _covariance(statistics.residual)
+    eigenvalues, vectors = torch.linalg.eigh(statistics.fisher.double())
+    eigenvalues = eigenvalues.clamp_min(0)
+    eigenvalues = eigenvalues + FISHER_FLOOR * eigenvalues.mean(-1, keepdim=True).clamp_min(1e-30)
+    root = (vectors * eigenvalues.sqrt()[..., None, :]) @ vectors.mT
+    inverse = (vectors * eigenvalues.rsqrt()[..., None, :]) @ vectors.mT
+    variance, basis = torch.linalg.eigh(root @ covariance @ root)
+    variance, basis = variance.flip(-1), basis.flip(-1)
+    variance = variance.clamp_min(1e-12 * variance[..., :1].clamp_min(1e-30))
+    deviation = variance.sqrt()
+    analysis = (basis.mT @ root) / deviation[..., None]
+    synthesis = (inverse @ basis) * deviation[..., None, :]
+    return Transform(analysis.float(), synthesis.float(), variance.float())
+
+
+def _covariance(residual: Tensor) -> Tensor:
+    """[L, H, D, D] in float64, one layer at a time; `residual` has its mean removed already."""
+    return torch.stack([(x.float().mT @ x.float() / x.shape[1]).double() for x in residual])
+
+
+def fit_codebooks(statistics: KindStatistics, transform: Transform) -> Codebooks:
+    """Lloyd-Max codebooks (Lloyd, 1982) of every group at every width, on a weighted histogram of its latents."""
+    histogram = torch.stack(
+        [
+            _histogram(torch.einsum("hrd,hnd->hrn", analysis, residual.float()), importance)
+            for analysis, residual, importance in zip(
+                transform.analysis, statistics.residual, transform.importance, strict=True
+            )
+        ]
+    )
+    shape, flat = histogram.shape[:-1], histogram.flatten(0, -2)
+    levels, distortion = [], []
+    for width in range(MAX_WIDTH + 1):
+        fitted, left = lloyd_max(flat, width)
+        levels.append(fitted.view(*shape, -1))
+        distortion.append(left.view(shape))
+    return Codebooks(levels, torch.stack(distortion, -1).float())
+
+
+def fit_sinks(statistics: KindStatistics, transform: Transform, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands at position 0, [L, H, D], and whether it is coded there, bool [L, H].
+
+    Whichever of three leaves the least Fisher-weighted error over the sampled first tokens: their mean in place of them
+    (the attention sink of most layers hardly depends on the token), that mean and a code, or the ordinary mean and a code.
+    """
+    template = statistics.sink.mean(2)
+    replaced = _sink_error(statistics, transform, template, None)
+    around_template = _sink_error(statistics, transform, template, levels)
+    around_mean = _sink_error(statistics, transform, statistics.mean, levels)
+    best = torch.stack((replaced, around_template, around_mean)).argmin(0)
+    return torch.where((best == 2)[..., None], statistics.mean, template), best > 0
+
+
+def _sink_error(statistics: KindStatistics, transform: Transform, centre: Tensor, levels: Tensor | None) -> Tensor:
+    """Fisher-weighted squared error [L, H] of position 0 coded around `centre`, or of nothing but `centre`."""
+    latents = torch.einsum("lhrd,lhsd->lhrs", transform.analysis, statistics.sink - centre[:, :, None])
+    if levels is not None:
+        per_latent = levels.repeat_interleave(GROUP, 2)
+        edges = ((per_latent[..., 1:] + per_latent[..., :-1]) / 2).contiguous()
+        codes = torch.searchsorted(edges, latents.contiguous())
+        latents = latents - per_latent.gather(-1, codes)
+    return (latents.square().mean(-1) * transform.importance).sum(-1)
+
+
+def _histogram(latents: Tensor, importance: Tensor) -> Tensor:
+    """Weighted share of each bin, float64 [H, G, bins], from latents [H, R, n] and their importance [H, R]."""
+    heads, count, samples = latents.shape
+    bins = int(2 * _REACH * _BINS_PER_UNIT)
+    index = ((latents + _REACH) * _BINS_PER_UNIT).clamp_(0, bins - 1).long()
+    index += torch.arange(heads * count).view(heads, count, 1) * bins
+    counts = torch.bincount(index.flatten(), minlength=heads * count * bins).view(heads, count, bins).double()
+    weighted = counts * (importance.double() / samples)[..., None]
+    return weighted.unflatten(1, (-1, GROUP)).sum(2)
+
+
+def lloyd_max(histogram: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Levels [M, 2**width], ascending, and the weighted squared error they leave [M], for M histograms [M, bins]."""
+    bins = histogram.shape[1]
+    centre = (torch.arange(bins, dtype=torch.float64) + 0.5) / _BINS_PER_UNIT - _REACH
+    moments = [_cumulative(histogram * centre**power) for power in (0, 1, 2)]
+    levels = _companded_levels(histogram, width)
+    for _ in range(_LLOYD_ROUNDS if width else 1):
+        weight, first, _ = _cells(levels, moments)
+        levels = torch.where(weight > 0, first / weight.clamp_min(1e-300), levels)
+        levels = _separated(levels)
+    if not width:
+        levels = torch.zeros_like(levels)
+    weight, first, second = _cells(levels, moments)
+    left = (second - 2 * levels * first + levels**2 * weight).sum(-1)
+    return levels.float(), left.clamp_min(0)
+
+
+def _cumulative(values: Tensor) -> Tensor:
+    return torch.nn.functional.pad(values.cumsum(-1), (1, 0))
+
+
+def _cells(levels: Tensor, moments: list[Tensor]) -> list[Tensor]:
+    """Moments of the histogram inside each level's cell, [M, K] each."""
+    edges = (levels[:, 1:] + levels[:, :-1]) / 2
+    last = moments[0].shape[1] - 1
+    index = ((edges + _REACH) * _BINS_PER_UNIT).round().long().clamp(0, last)
+    index = torch.nn.functional.pad(index, (1, 0))
+    index = torch.nn.functional.pad(index, (0, 1), value=last)
+    return [m.gather(1, index).diff(dim=1) for m in moments]
+
+
+def _companded_levels(histogram: Tensor, width: int) -> Tensor:
+    """A start close to the optimum: quantiles of the density's cube root (Panter & Dite, 1951)."""
+    kernel = torch.ones(1, 1, 21, dtype=torch.float64) / 21
+    smooth = torch.nn.functional.conv1d(histogram[:, None], kernel, padding=10)[:, 0]
+    density = _cumulative(smooth.clamp_min(0) ** (1 / 3))
+    density = density / density[:, -1:].clamp_min(1e-300)
+    count = 1 << width
+    wanted = ((torch.arange(count, dtype=torch.float64) + 0.5) / count).expand(len(histogram), -1)
+    return _separated(torch.searchsorted(density, wanted.contiguous()).double() / _BINS_PER_UNIT - _REACH)
+
+
+def _separated(levels: Tensor) -> Tensor:
+    """The same levels, strictly ascending: empty cells may have let two coincide."""
+    ramp = torch.arange(levels.shape[1], dtype=levels.dtype) * 1e-4
+    return (levels - ramp).cummax(1).values + ramp

@@ -1,0 +1,69 @@
+"""Which group of latents gets how many bits: reverse water-filling on measured, Fisher-weighted distortion.
+
+The loss grows by about half the Fisher-weighted squared error of every key and value, so errors of different layers,
+heads and kinds are in one currency and one budget serves them all (Cover & Thomas, Elements of Information Theory,
+section 10.3.3, with measured rate-distortion curves in place of the Gaussian's).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_kvsplice.layout import GROUP, MAX_WIDTH, TOKEN_ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Widths in bits, int64 [2, L, H, G] (keys, then values), and the distortion they are expected to leave."""
+
+    widths: Tensor
+    distortion: float
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token in all L layers, padding included."""
+        per_layer = self.widths.sum((0, 2, 3))
+        return int(((per_layer + TOKEN_ALIGNMENT - 1) // TOKEN_ALIGNMENT).clamp_min(1).sum()) * TOKEN_ALIGNMENT
+
+
+def budget_for_bits(bits: float, num_groups: int) -> int:
+    """Bytes per token that `num_groups` groups of 8 latents take at an average of `bits` per latent."""
+    return int(bits * num_groups * GROUP / 8)
+
+
+def plan_budget(distortion: Tensor, budget_bytes: int) -> Plan:
+    """The widths that leave the least distortion in `budget_bytes` per token over all layers.
+
+    Every layer's bytes come out as a multiple of 16, the size that pages are padded to, so no budget is lost to padding.
+
+    Args:
+        distortion: Fisher-weighted squared error of each group at widths 0..8, [2, L, H, G, 9].
+        budget_bytes: bytes per token over all L layers.
+
+    Raises:
+        ValueError: the budget is below one 16-byte step per layer or above 8 bits everywhere.
+
+    """
+    kinds, layers, heads, groups, _ = distortion.shape
+    per_layer = distortion.transpose(0, 1).reshape(layers, kinds * heads * groups, MAX_WIDTH + 1)
+    largest = per_layer.shape[1] * MAX_WIDTH
+    if not layers * TOKEN_ALIGNMENT <= budget_bytes <= layers * largest:
+        raise ValueError(
+            f"a budget of {budget_bytes} bytes per token is outside {layers * TOKEN_ALIGNMENT}..{layers * largest} "
+            f"for {layers} layers; choose --bits between 1.5 and 8"
+        )
+    # A bit is only on offer after the bits below it: make each group's gains fall.
+    gains = (per_layer[..., :-1] - per_layer[..., 1:]).cummin(-1).values.flatten(1)
+    order = gains.sort(dim=1, descending=True, stable=True)
+    steps = order.values.unflatten(1, (-1, TOKEN_ALIGNMENT)).sum(-1)
+    bought = torch.zeros_like(steps, dtype=torch.bool)
+    bought[:, 0] = True
+    ranked = steps[:, 1:].flatten().sort(dim=0, descending=True, stable=True).indices
+    chosen = ranked[: budget_bytes // TOKEN_ALIGNMENT - layers]
+    bought[:, 1:] = torch.zeros(steps[:, 1:].numel(), dtype=torch.bool).index_fill(0, chosen, True).view(layers, -1)
+    bits = torch.zeros_like(gains, dtype=torch.int64)
+    bits.scatter_(1, order.indices, bought.repeat_interleave(TOKEN_ALIGNMENT, 1).long())
+    widths = bits.unflatten(1, (-1, MAX_WIDTH)).sum(-1)
+    left = per_layer.gather(-1, widths[..., None]).sum()
+    return Plan(widths.view(layers, kinds, heads, groups).transpose(0, 1).contiguous(), float(left))

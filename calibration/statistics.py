@@ -1,0 +1,232 @@
+"""What calibration measures: one stream over the text, in memory that does not grow with it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from calibration.attention import tapped
+from vllm_kvsplice.artifact import ModelShape
+from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.rotary import Rotary
+
+# Tokens whose keys and values are kept whole, for covariances and codebooks: 128 times the usual head size.
+SAMPLES = 8192
+# First tokens from which the sink at position 0 is measured.
+SINK_TOKENS = 256
+# The sink and the tokens it still colours say nothing about ordinary tokens.
+FIRST_ORDINARY = 4
+
+
+@dataclass
+class KindStatistics:
+    """Measurements of the keys or the values of L layers, H heads, D dimensions.
+
+    Attributes:
+        mean: [L, H, D]; of keys before rotation.
+        fisher: E[g g^T], g the gradient of a token's summed loss with respect to this key or value, [L, H, D, D]. Units:
+            nats^2 per squared unit of the key or value.
+        residual: sampled tokens less their mean as the codec sees them (keys after rotation), float16 [L, H, n, D].
+        sink: position 0 for S different first tokens, [L, H, S, D].
+
+    """
+
+    mean: Tensor
+    fisher: Tensor
+    residual: Tensor
+    sink: Tensor
+
+
+@dataclass
+class Statistics:
+    """Both kinds, the full-attention layers they belong to (ascending), and the number of tokens behind them."""
+
+    layers: tuple[int, ...]
+    key: KindStatistics
+    value: KindStatistics
+    tokens: int
+
+
+@dataclass
+class _Running:
+    """Sums of one layer and kind over the stream."""
+
+    total: Tensor | float = 0.0
+    outer: Tensor | float = 0.0
+    samples: list[Tensor] = field(default_factory=list)
+
+    def add(self, attended: "_Attended", ordinary: Tensor, chosen: Tensor, rotary: Rotary | None) -> None:
+        vector, gradient = attended.vector[:, ordinary].float(), attended.gradient[:, ordinary].float()
+        centred = rotary.unrotate(vector, ordinary) if rotary else vector
+        self.total = self.total + centred.sum(1).double()
+        self.outer = self.outer + torch.einsum("htd,hte->hde", gradient, gradient).double()
+        self.samples.append(attended.vector[:, chosen].clone())
+
+
+class _Attended(NamedTuple):
+    """Keys or values of one window and the gradient of its summed loss, [H, T, D] each."""
+
+    vector: Tensor
+    gradient: Tensor
+
+
+def collect(
+    model: PreTrainedModel, windows: Tensor, rotary: Rotary | None, *, seed: int = 0, progress: Callable[[], None]
+) -> Statistics:
+    """Measure `model` on `windows` with one forward and one backward pass each.
+
+    Args:
+        model: loaded by `calibration.models.load_model`; its parameters must not require gradients.
+        windows: token ids, int64 [W, T].
+        rotary: the model's rotary embedding, None if its keys carry none.
+        seed: of the choice of sampled tokens.
+        progress: called after every window.
+
+    Raises:
+        ValueError: a layer saw no token, or a measurement is not finite.
+
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ordinary = torch.arange(FIRST_ORDINARY, windows.shape[1])
+    per_window = min(len(ordinary), -(-SAMPLES // len(windows)))
+    sums: dict[int, tuple[_Running, _Running]] = {}
+    sampled_at: list[Tensor] = []
+    for window in windows:
+        chosen = ordinary[torch.randperm(len(ordinary), generator=generator)[:per_window]]
+        sampled_at.append(chosen)
+        for layer, (key, value) in _keys_values_and_gradients(model, window).items():
+            key_sums, value_sums = sums.setdefault(layer, (_Running(), _Running()))
+            key_sums.add(key, ordinary, chosen, rotary)
+            value_sums.add(value, ordinary, chosen, None)
+        progress()
+    if not sums:
+        raise ValueError("the model has no full-attention layer whose keys and values could be measured")
+    count = len(windows) * len(ordinary)
+    sinks = _sinks(model, windows, generator)
+    layers = tuple(sorted(sums))
+    positions = torch.cat(sampled_at)
+    kinds = [_finish([sums[i][k] for i in layers], [sinks[i][k] for i in layers], count) for k in (0, 1)]
+    _subtract_mean(kinds[0], positions, rotary)
+    _subtract_mean(kinds[1], positions, None)
+    return Statistics(layers, kinds[0], kinds[1], windows.numel())
+
+
+def _keys_values_and_gradients(model: PreTrainedModel, window: Tensor) -> dict[int, tuple[_Attended, _Attended]]:
+    """What every full-attention layer attends to on `window` [T], keys and values."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        # Clones, because what the model reads later must be what the gradient is taken of.
+        found[layer] = (key.clone(), value.clone())
+        for tensor in found[layer]:
+            tensor.retain_grad()
+        return found[layer]
+
+    window = window.to(model.device)
+    embedded = model.get_input_embeddings()(window[None]).requires_grad_(True)
+    with torch.enable_grad(), tapped(model, keep):
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1].float()
+        torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").backward()
+    return {layer: (_attended(key), _attended(value)) for layer, (key, value) in found.items()}
+
+
+def _attended(tensor: Tensor) -> _Attended:
+    assert tensor.grad is not None
+    return _Attended(tensor.detach()[0].cpu(), tensor.grad[0].cpu())
+
+
+def _sinks(model: PreTrainedModel, windows: Tensor, generator: torch.Generator) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values [H, S, D] at position 0: they depend on the first token alone, so one-token texts suffice."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        found[layer] = (_first_tokens(key), _first_tokens(value))
+        return key, value
+
+    tokens = windows.flatten()
+    first = tokens[torch.randint(len(tokens), (SINK_TOKENS,), generator=generator)]
+    with torch.no_grad(), tapped(model, keep):
+        model(first[:, None].to(model.device), use_cache=False)
+    return found
+
+
+def _first_tokens(attended: Tensor) -> Tensor:
+    """[H, S, D] at position 0 of `attended` [S, H, T, D]."""
+    return attended[:, :, 0].transpose(0, 1).float().cpu()
+
+
+def _finish(running: list[_Running], sinks: list[Tensor], count: int) -> KindStatistics:
+    statistics = KindStatistics(
+        mean=torch.stack([r.total for r in running]).div(count).float(),
+        fisher=torch.stack([r.outer for r in running]).div(count).float(),
+        residual=torch.stack([torch.cat(r.samples, 1) for r in running]),
+        sink=torch.stack(sinks),
+    )
+    for name, tensor in vars(statistics).items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"the model produced values that are not finite (found in {name}); is the checkpoint sound?"
+            )
+    return statistics
+
+
+def _subtract_mean(statistics: KindStatistics, positions: Tensor, rotary: Rotary | None) -> None:
+    """Turn raw samples into residuals, layer by layer so that no second copy of all samples exists."""
+    residual = torch.empty(statistics.residual.shape, dtype=torch.float16)
+    for layer, mean in enumerate(statistics.mean):
+        offset = mean[:, None].expand(-1, len(positions), -1)
+        offset = rotary.rotate(offset, positions) if rotary else offset
+        residual[layer] = statistics.residual[layer].float() - offset
+    statistics.residual = residual
+
+
+def fingerprint(model: PreTrainedModel, windows: Tensor, seed: int) -> str:
+    """Names a measurement: the model's shape and weights (sampled), the tokens, the seed."""
+    digest = hashlib.sha256(ModelShape.of(model.config).model_dump_json().encode())
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    digest.update(windows.numpy().tobytes())
+    digest.update(str(seed).encode())
+    return digest.hexdigest()
+
+
+def save_statistics(statistics: Statistics, file: Path, key: str) -> None:
+    """Keep measurements in a safetensors file, under the `fingerprint` of what was measured."""
+    tensors = {f"{kind}.{name}": t for kind in ("key", "value") for name, t in vars(getattr(statistics, kind)).items()}
+    metadata = {"fingerprint": key, "layers": json.dumps(statistics.layers), "tokens": str(statistics.tokens)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staging = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, staging, metadata)
+        staging.replace(file)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def load_statistics(file: Path, key: str) -> Statistics | None:
+    """Measurements kept under `key`, or None where the file is missing or holds others."""
+    if not file.exists():
+        return None
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("fingerprint") != key:
+                return None
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except safetensors.SafetensorError as error:
+        raise KVSpliceError(
+            f"{file} holds no measurements ({error}); delete it or name another --statistics"
+        ) from error
+    names = KindStatistics.__dataclass_fields__
+    key_kind, value_kind = (KindStatistics(**{n: tensors[f"{kind}.{n}"] for n in names}) for kind in ("key", "value"))
+    return Statistics(tuple(json.loads(metadata["layers"])), key_kind, value_kind, int(metadata["tokens"]))

@@ -1,0 +1,147 @@
+"""Text to calibrate and evaluate on, as windows of tokens."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from vllm_kvsplice.errors import KVSpliceError
+
+NAMED = ("pydoc", "wikitext")
+_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+# One window in so many is set as a conversation.
+CHAT_EVERY = 4
+# Enough characters for any window: natural text has 3 to 6 per token.
+_CHARACTERS_PER_TOKEN = 12
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text for fitting and text that fitting never sees, and where both come from."""
+
+    name: str
+    fit: str
+    held_out: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256((self.fit + self.held_out).encode()).hexdigest()
+
+
+def load_corpus(source: str) -> Corpus:
+    """Text by name, from a file or from a directory.
+
+    `pydoc` is the language reference that every CPython carries, half to fit and half held out; `wikitext` is WikiText-2
+    from the Hugging Face Hub; of files, the last tenth is held out.
+
+    Raises:
+        KVSpliceError: there is no such text, or it cannot be read.
+
+    """
+    if source == "pydoc":
+        from pydoc_data.topics import topics
+
+        text = "\n\n".join(topics[key] for key in sorted(topics))
+        return Corpus(source, text[: len(text) // 2], text[len(text) // 2 :])
+    if source == "wikitext":
+        return Corpus(source, _wikitext("train"), _wikitext("validation"))
+    text = read_text(source)
+    cut = len(text) * 9 // 10
+    return Corpus(Path(source).name, text[:cut], text[cut:])
+
+
+def read_text(source: str) -> str:
+    """All of a file, or of a directory's text files in the order of their names; the held-out part of a named text."""
+    if source in NAMED:
+        return load_corpus(source).held_out
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.suffix in _SUFFIXES and f.is_file())
+        if not files:
+            raise KVSpliceError(f"{path} holds no text file ({', '.join(_SUFFIXES)})")
+        return "\n".join(map(_read_file, files))
+    if not path.is_file():
+        raise KVSpliceError(f"there is no text {source!r}; give a file, a directory, or one of: {', '.join(NAMED)}")
+    return _read_file(path)
+
+
+def _read_file(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".jsonl":
+            return text
+        return "\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise KVSpliceError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise KVSpliceError(f'{path} is not JSON lines with a "text" in each ({error})') from error
+
+
+def _wikitext(split: str) -> str:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+    # Whatever is between here and the Hub may fail in its own way; for the user all of it means one thing.
+    except Exception as error:
+        raise KVSpliceError(
+            f"WikiText cannot be fetched from the Hugging Face Hub ({type(error).__name__}); "
+            "use --text pydoc, or a text file of your own"
+        ) from error
+    return "".join(rows["text"])
+
+
+def token_windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, context: int) -> Tensor:
+    """Up to `count` windows of exactly `context` tokens, spread evenly over `text`: int64 [W, context].
+
+    Raises:
+        KVSpliceError: the text is shorter than one window.
+
+    """
+    share = context * _CHARACTERS_PER_TOKEN
+    if len(text) > count * share:
+        starts = [i * (len(text) // count) for i in range(count)]
+        pieces = [_tokens(tokenizer, text[start : start + share]) for start in starts]
+        windows = [piece[:context] for piece in pieces if len(piece) >= context]
+        if len(windows) == count:
+            return torch.stack(windows)
+    tokens = _tokens(tokenizer, text)
+    whole = len(tokens) // context
+    if not whole:
+        raise KVSpliceError(f"the text has {len(tokens)} tokens, fewer than one window of {context}; give more text")
+    chosen = torch.arange(min(count, whole)) * whole // min(count, whole)
+    return tokens[: whole * context].view(whole, context)[chosen]
+
+
+def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, context: int) -> Tensor:
+    """Windows as `token_windows` makes them, every fourth one set as a conversation if the model knows how.
+
+    The special tokens of a conversation have keys and values unlike any in running text; a codec that never saw them
+    clips them.
+    """
+    windows = token_windows(tokenizer, text, count, context)
+    if tokenizer.chat_template is None:
+        return windows
+    for index in range(CHAT_EVERY - 1, len(windows), CHAT_EVERY):
+        windows[index] = _as_conversation(tokenizer, tokenizer.decode(windows[index]), context)
+    return windows
+
+
+def _as_conversation(tokenizer: PreTrainedTokenizerBase, text: str, context: int) -> Tensor:
+    """The first `context` tokens of `text` as turns of a user and an assistant, question and answer of unequal length."""
+    turns, start = [], 0
+    while start < len(text):
+        role, length = ("user", 120) if len(turns) % 2 == 0 else ("assistant", 480)
+        turns.append({"role": role, "content": text[start : start + length].strip() or "..."})
+        start += length
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    return _tokens(tokenizer, rendered)[:context]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+    return ids.long()

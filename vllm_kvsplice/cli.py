@@ -1,0 +1,292 @@
+"""The command line `kvsplice`. Commands import what they need when they run, so that `--help` answers at once."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vllm_kvsplice import __version__
+from vllm_kvsplice.errors import KVSpliceError
+
+if TYPE_CHECKING:
+    from vllm_kvsplice.artifact import Artifact
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Compress the KV cache of vLLM: calibrate a model once, then serve it with 4-5x more tokens in the same memory.",
+    epilog="Start with: `kvsplice calibrate MODEL --out MODEL/kvsplice`, then `kvsplice serve MODEL MODEL/kvsplice`.",
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(help="Model directory, or name on the Hugging Face Hub.", metavar="MODEL")]
+ArtifactDir = Annotated[str, typer.Argument(help="Artifact directory, or name on the Hub.", metavar="ARTIFACT")]
+
+
+@app.command()
+def model() -> None:
+    """Print the directory of the default model, SmolLM2-135M-Instruct, and prepare it on first use.
+
+    Example: `kvsplice calibrate $(kvsplice model) --out smollm2-4bit`
+    """
+    from calibration.models import default_model
+
+    print(default_model())
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory of the artifact; an artifact there is replaced.")],
+    text: Annotated[
+        Optional[str], typer.Option(help="pydoc, wikitext, a file or a directory.  [default: pydoc]")
+    ] = None,
+    tokens: Annotated[Optional[int], typer.Option(help="Tokens to measure on.  [default: 16384]")] = None,
+    bits: Annotated[Optional[float], typer.Option(help="Bits per element, 1.5 to 8.  [default: 4.0]")] = None,
+    budget: Annotated[Optional[int], typer.Option(help="Bytes per token over all layers, instead of --bits.")] = None,
+    config: Annotated[
+        Optional[Path], typer.Option(help="A recipe like those in configs/; options override it.")
+    ] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Seed of all sampling.  [default: 0]")] = None,
+    statistics: Annotated[
+        Optional[Path], typer.Option(help="Keep the measurements in this file, and use them again if they still fit.")
+    ] = None,
+) -> None:
+    """Measure a model, decide where its bits go, fit the codec, judge it, and write the artifact.
+
+    Examples:
+
+    `kvsplice calibrate HuggingFaceTB/SmolLM2-1.7B-Instruct --out smollm2-4bit --text wikitext`
+
+    `kvsplice calibrate ./my-model --out ./my-model/kvsplice --text my-domain.txt --bits 3`
+    """
+    from calibration.pipeline import calibrate as run
+    from calibration.pipeline import read_config
+    from vllm_kvsplice.artifact import check_target
+
+    recipe = read_config(config, text=text, tokens=tokens, bits=bits, budget=budget, seed=seed)
+    check_target(out)
+    artifact = run(model, out, recipe, statistics)
+    _print_summary(artifact, f"Wrote {out}")
+    console.print(f"Serve it with: kvsplice serve {model} {out}", soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    artifact: ArtifactDir,
+    text: Annotated[str, typer.Option(help="A file, a directory, pydoc or wikitext (their held-out parts).")],
+    context: Annotated[int, typer.Option(help="Tokens per window.", min=16)] = 1024,
+    windows: Annotated[int, typer.Option(help="Windows, spread evenly over the text.", min=1)] = 12,
+    mode: Annotated[str, typer.Option(help="all: position 0 exact. serving: exactly what the server reads.")] = "all",
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the figures here as well.")] = None,
+) -> None:
+    """Perplexity of a model without and with its cache compressed (every attended key and value read as stored).
+
+    Example: `kvsplice eval $(kvsplice model) smollm2-4bit --text pydoc --windows 12`
+    """
+    from transformers import AutoTokenizer
+
+    from calibration.pipeline import judge
+    from calibration.text import read_text, token_windows
+    from vllm_kvsplice.artifact import load_artifact
+    from vllm_kvsplice.serving.settings import locate_artifact
+
+    if mode not in ("all", "serving"):
+        raise KVSpliceError(f"mode {mode!r} is unknown; choose all or serving")
+    loaded = load_artifact(locate_artifact(artifact, model))
+    content = read_text(text)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise KVSpliceError(f"cannot load the tokenizer of {model}; give a model directory or Hub name") from error
+    tokens = token_windows(tokenizer, content, windows, context)
+    result = judge(model, loaded, tokens, mode, "Measuring perplexity")
+    figures = {
+        "baseline_ppl": result.baseline_ppl,
+        "ppl": result.ppl,
+        "change_percent": result.change_percent,
+        "bits_per_element": loaded.bits_per_element,
+        "bytes_per_token": loaded.bytes_per_token,
+        "baseline_bytes_per_token": loaded.baseline_bytes_per_token,
+        "tokens": result.tokens,
+        "mode": mode,
+        "context": context,
+    }
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+    table = Table("", "uncompressed", "KVSplice", "change")
+    table.add_row("perplexity", f"{result.baseline_ppl:.3f}", f"{result.ppl:.3f}", f"{result.change_percent:+.2f} %")
+    before, after = loaded.baseline_bytes_per_token, loaded.bytes_per_token
+    table.add_row("bytes per token", f"{before}", f"{after}", f"{before / after:.2f}x smaller")
+    table.add_row("bits per element", "16", f"{loaded.bits_per_element:.2f}", "")
+    console.print(table)
+
+
+@app.command()
+def inspect(artifact: ArtifactDir) -> None:
+    """Show what an artifact holds: the width of every layer and head, bytes, and where it comes from.
+
+    Example: `kvsplice inspect smollm2-4bit`
+    """
+    from vllm_kvsplice.artifact import load_artifact
+    from vllm_kvsplice.serving.settings import locate_artifact
+
+    loaded = load_artifact(locate_artifact(artifact, "MODEL"))
+    console.print(_width_map(loaded))
+    _print_summary(loaded, str(artifact))
+
+
+@app.command()
+def doctor(
+    model: Annotated[Optional[str], typer.Argument(help="Model directory or Hub name.", metavar="[MODEL]")] = None,
+    artifact: Annotated[
+        Optional[str], typer.Argument(help="Artifact, if not in the model.", metavar="[ARTIFACT]")
+    ] = None,
+) -> None:
+    """Check an installation, one line per requirement with its remedy; with MODEL, also that its artifact fits.
+
+    Example: `kvsplice doctor $(kvsplice model) smollm2-4bit`
+    """
+    from vllm_kvsplice.doctor import examine
+
+    healthy = True
+    for check in examine(model, artifact):
+        healthy &= check.passed
+        mark = Text("ok  ", "green") if check.passed else Text("FAIL", "red")
+        console.print(mark, check.name, "-", check.detail, soft_wrap=True, highlight=False, markup=False)
+    raise typer.Exit(0 if healthy else 1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Model,
+    artifact: Annotated[
+        Optional[str], typer.Argument(help="Artifact.  [default: MODEL/kvsplice]", metavar="ARTIFACT")
+    ] = None,
+) -> None:
+    """Run `vllm serve` with the compressed cache; every further option goes to vLLM.
+
+    Example: `kvsplice serve $(kvsplice model) smollm2-4bit --port 8000 --max-model-len 8192`
+    """
+    from transformers import AutoConfig
+
+    from vllm_kvsplice.artifact import load_artifact
+    from vllm_kvsplice.serving.settings import locate_artifact
+
+    extra = list(context.args)
+    if artifact is not None and artifact.startswith("-"):
+        extra, artifact = [artifact, *extra], None
+    directory = locate_artifact(artifact, model).absolute()
+    loaded = load_artifact(directory)
+    try:
+        loaded.check_model(AutoConfig.from_pretrained(model))
+    except (OSError, ValueError) as error:
+        raise KVSpliceError(f"cannot read the configuration of {model}; give a model directory or Hub name") from error
+    options, extra = _merged_config(extra, {"artifact": str(directory)})
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--attention-backend", "CUSTOM"]
+    os.execv(sys.executable, [*command, "--additional-config", json.dumps(options), *extra])
+
+
+def _merged_config(extra: list[str], section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The user's own ``--additional-config`` with our section in it, and the options without it."""
+    rest, given = [], "{}"
+    arguments = iter(extra)
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name in ("--additional-config", "--additional_config"):
+            given = value or next(arguments, "{}")
+        else:
+            rest.append(argument)
+    try:
+        options = json.loads(given)
+        merged = options | {"kvsplice": options.get("kvsplice", {}) | section}
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise KVSpliceError(f"--additional-config {given} is not a JSON object") from error
+    return merged, rest
+
+
+def _print_summary(artifact: "Artifact", title: str) -> None:
+    manifest, shape = artifact.manifest, artifact.manifest.model
+    before, after = artifact.baseline_bytes_per_token, artifact.bytes_per_token
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_row("digest", artifact.digest[:16])
+    table.add_row(
+        "model",
+        f"{manifest.provenance.model}: {shape.num_layers} layers, "
+        f"{shape.num_heads} heads, {shape.num_kv_heads} KV heads of {shape.head_dim}",
+    )
+    dense = shape.num_layers - len(artifact.compressed_layers)
+    table.add_row("layers", f"{len(artifact.compressed_layers)} compressed, {dense} dense")
+    table.add_row("size", f"{after} bytes per token, {artifact.bits_per_element:.3f} bits per element")
+    table.add_row("instead of", f"{before} bytes per token in 16 bits: {before / after:.2f}x smaller")
+    origin = manifest.provenance
+    table.add_row("fit", f"{origin.fit}, {origin.requested}, {origin.tokens} tokens of {origin.text}, {origin.created}")
+    if manifest.quality:
+        quality = manifest.quality
+        table.add_row(
+            "quality",
+            f"perplexity {quality.baseline_ppl:.3f} -> {quality.ppl:.3f} ({quality.change_percent:+.2f} %) "
+            f"on {quality.tokens} held-out tokens",
+        )
+    console.print(table)
+
+
+def _width_map(artifact: "Artifact") -> Table:
+    """Every layer a row, every head a cell: one digit per group of 8 latents, its width in bits."""
+    heads = artifact.manifest.model.num_kv_heads
+    table = Table("layer", "bytes", title="Bits of each group of 8 latents", title_justify="left")
+    for kind in ("key", "value"):
+        for head in range(heads):
+            table.add_column(f"{kind} {head}")
+    for index, layer in enumerate(artifact.manifest.layers):
+        if layer is None:
+            table.add_row(str(index), "dense", *["-"] * (2 * heads))
+        else:
+            cells = [_digits(head) for kind in (layer.key, layer.value) for head in kind]
+            table.add_row(str(index), str(layer.layout.token_bytes), *cells)
+    return table
+
+
+def _digits(widths: tuple[int, ...]) -> Text:
+    shades = ("grey50", "blue", "cyan", "green", "green", "yellow", "yellow", "red", "red")
+    return Text.assemble(*((str(width), shades[width]) for width in widths))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+def main() -> NoReturn:
+    """Run the command line; mistakes of the user end in one sentence and exit status 1."""
+    try:
+        app()
+    except KVSpliceError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"kvsplice: {message}", file=sys.stderr)
+    sys.exit(1)

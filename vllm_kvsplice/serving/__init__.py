@@ -1,0 +1,1 @@
+"""Inside vLLM: plugin (registration and refusals) -> settings (artifact) -> backend (cache spec, metadata, attention)."""

@@ -1,0 +1,257 @@
+"""The attention backend: what vLLM asks of one, answered for pages of packed latents.
+
+The page sizes of layers differ. vLLM takes a layer's page size from its backend class, and asks that class without saying
+for which layer, so every layer gets a subclass of its own that knows (`_subclass_for`). All use of vLLM's
+``customize_spec``, which is documented there as temporary, is in `KVSpliceBackend.customize_spec`.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from vllm_kvsplice.artifact import Artifact
+from vllm_kvsplice.codec import LayerCodec
+from vllm_kvsplice.engines import get_engine
+from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.serving.plugin import BLOCK_MULTIPLE, served_artifact
+
+logger = init_logger("vllm.kvsplice")
+
+
+class KVSpliceBackend(AttentionBackend):
+    """Permissive defaults of the base class are narrowed to what tests cover."""
+
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    # Bytes of one token in one layer; set on the subclass that `_subclass_for` makes.
+    token_bytes: ClassVar[int | None] = None
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type["KVSpliceImpl"]:
+        return KVSpliceImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["KVSpliceMetadataBuilder"]:
+        return KVSpliceMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(BLOCK_MULTIPLE)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size % 8 == 0
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """The layer's page as one head slot of `token_bytes` bytes a token; what is inside is ours."""
+        assert cls.token_bytes is not None, "asked for a cache spec before weights were loaded"
+        return replace(spec, num_head_slots=1, state_content_bytes=cls.token_bytes)
+
+
+def _subclass_for(layer_name: str, token_bytes: int) -> type[KVSpliceBackend]:
+    name = f"KVSpliceBackend_{layer_name.replace('.', '_')}"
+    return type(name, (KVSpliceBackend,), {"token_bytes": token_bytes})
+
+
+@dataclass(frozen=True)
+class KVSpliceMetadata:
+    """One step's batch; shapes as in `vllm_kvsplice.engines.reference`."""
+
+    positions: Tensor
+    query_start: list[int]
+    seq_lens: list[int]
+    block_table: Tensor
+
+    @classmethod
+    def of(cls, common: CommonAttentionMetadata) -> "KVSpliceMetadata":
+        start, lengths = common.query_start_loc.long(), common.seq_lens.long()
+        queries = start.diff()
+        # A token's position is its place in the step plus its sequence's distance from there.
+        shift = (lengths - start[1:]).repeat_interleave(queries)
+        positions = torch.arange(int(start[-1]), device=start.device) + shift
+        return cls(positions, start.tolist(), lengths.tolist(), common.block_table_tensor)
+
+
+class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
+    """vLLM makes one builder per page size, that is about one per layer; they all share one step's metadata."""
+
+    _latest: ClassVar[tuple[CommonAttentionMetadata, KVSpliceMetadata] | None] = None
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        _announce(vllm_config)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> KVSpliceMetadata:
+        shared = KVSpliceMetadataBuilder
+        if shared._latest is None or shared._latest[0] is not common_attn_metadata:
+            shared._latest = (common_attn_metadata, KVSpliceMetadata.of(common_attn_metadata))
+        return shared._latest[1]
+
+
+class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
+    """Attention of one layer over packed pages."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        refused = {
+            "ALiBi": alibi_slopes is not None,
+            "a sliding window": sliding_window is not None,
+            f"cache dtype {kv_cache_dtype}": kv_cache_dtype not in ("auto", "bfloat16", "float16"),
+            "a soft cap on attention logits": bool(logits_soft_cap),
+            f"{attn_type} attention": attn_type != AttentionType.DECODER,
+            "a KV cache shared between layers": kv_sharing_target_layer_name is not None,
+            **{name: value is not None for name, value in unknown.items()},
+        }
+        reasons = [reason for reason, present in refused.items() if present]
+        if reasons:
+            raise KVSpliceError(
+                f"this model's attention uses {', '.join(reasons)}, which KVSplice does not support; "
+                "serve it without --attention-backend CUSTOM"
+            )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self._vllm_config = get_current_vllm_config()
+        self._engine = get_engine(served_artifact(self._vllm_config)[0].engine)
+        self._codec: LayerCodec | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Bind this layer to its codec: only now does vLLM let an implementation learn whose it is."""
+        context = self._vllm_config.compilation_config.static_forward_context
+        name, layer = next((n, la) for n, la in context.items() if getattr(la, "impl", None) is self)
+        _, artifact = served_artifact(self._vllm_config)
+        index = extract_layer_index(name)
+        if artifact.manifest.layers[index] is None or layer.head_size_v != layer.head_size:
+            raise KVSpliceError(
+                f"the artifact has no codec for layer {index}; make it anew with: kvsplice calibrate MODEL --out DIR"
+            )
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        device = next(iter(layer.parameters()), torch.empty(0)).device
+        self._codec = artifact.layer_shard(index, rank, ranks).to(device)
+        assert self._codec.num_kv_heads == self.num_kv_heads and self._codec.head_dim == self.head_size
+        layer.attn_backend = _subclass_for(name, self._codec.layout.token_bytes)
+
+    def do_kv_cache_update(
+        self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:
+            return
+        positions = metadata[layer.layer_name].positions
+        count = len(positions)
+        pages = _pages(kv_cache)
+        self._engine.write(self._codec, key[:count], value[:count], positions, slot_mapping[:count], pages)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: KVSpliceMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; `query` and `output` are [T, H * G, D], `key` and `value` were stored by `do_kv_cache_update`."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("fused quantisation of the attention output is not supported by KVSplice")
+        if attn_metadata is None:
+            return output.zero_()
+        count = attn_metadata.query_start[-1]
+        attended = self._engine.attend(
+            self._codec,
+            query[:count],
+            _pages(kv_cache),
+            attn_metadata.block_table,
+            attn_metadata.query_start,
+            attn_metadata.seq_lens,
+            self.scale,
+        )
+        output[:count] = attended
+        output[count:] = 0
+        return output
+
+
+def _pages(kv_cache: Tensor) -> Tensor:
+    """vLLM's [B, 1, N, C / itemsize] in the model's dtype as this project's pages, uint8 [B, C, N], on the same memory."""
+    raw = kv_cache.view(torch.uint8)
+    blocks, _, tokens, token_bytes = raw.shape
+    assert raw.stride(2) == token_bytes and raw.stride(3) == 1, "a page must be contiguous"
+    return raw.as_strided((blocks, token_bytes, tokens), (raw.stride(0), tokens, 1))
+
+
+_announced = False
+
+
+def _announce(vllm_config: VllmConfig) -> None:
+    """Once per worker, when every layer is bound: what is compressed, by which artifact, and what it saves."""
+    global _announced
+    if _announced:
+        return
+    _announced = True
+    settings, artifact = served_artifact(vllm_config)
+    impls = [getattr(la, "impl", None) for la in vllm_config.compilation_config.static_forward_context.values()]
+    bound = sum(isinstance(impl, KVSpliceImpl) for impl in impls)
+    logger.info("KVSplice is in use: %s", describe(artifact, bound, len(impls) - bound, settings.engine))
+
+
+def describe(artifact: Artifact, compressed: int, dense: int, engine: str) -> str:
+    """One line for the log: digest, layers, bytes per token before and after."""
+    before, after = artifact.baseline_bytes_per_token, artifact.bytes_per_token
+    return (
+        f"artifact {artifact.digest[:12]}, {compressed} layers compressed and {dense} dense, engine {engine}, "
+        f"{before} -> {after} bytes per token ({before / after:.2f}x, {artifact.bits_per_element:.2f} bits per element)"
+    )

@@ -1,0 +1,151 @@
+"""Registration in vLLM, and every reason for which a server refuses to start.
+
+vLLM's CPU platform ignores ``--attention-backend CUSTOM``, so the platform's choice of backend is wrapped. Its
+configuration check is wrapped too: it runs in the first process, before any weight is loaded, which is where a user should
+learn what is wrong. Both wrappers pass everything through unless the configuration asks for KVSplice.
+"""
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from vllm_kvsplice.artifact import Artifact
+from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.serving.settings import NAMESPACE, Settings, locate_artifact, open_artifact, read_settings
+
+BACKEND_PATH = "vllm_kvsplice.serving.backend.KVSpliceBackend"
+# A page of N tokens keeps every byte plane aligned to N; vector loads want at least this many.
+BLOCK_MULTIPLE = 16
+_WRAPPED = "_kvsplice_wrapped"
+
+logger = init_logger("vllm.kvsplice")
+
+
+def register() -> None:
+    """Make the backend selectable as CUSTOM. Safe to call again."""
+    register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
+    platform = type(current_platform)
+    if not getattr(platform, _WRAPPED, False):
+        _wrap_backend_choice(platform)
+        _wrap_config_check(platform)
+        setattr(platform, _WRAPPED, True)
+
+
+def selected(vllm_config: VllmConfig) -> bool:
+    """Whether this configuration asks for KVSplice; raises `KVSpliceError` when it does so by half."""
+    backend = vllm_config.attention_config.backend
+    if backend is AttentionBackendEnum.CUSTOM:
+        return backend.get_path() == BACKEND_PATH
+    configured = isinstance(vllm_config.additional_config, dict) and NAMESPACE in vllm_config.additional_config
+    if configured:
+        raise KVSpliceError(
+            "additional_config asks for KVSplice, but another attention backend is selected and the cache would stay "
+            "uncompressed; add: --attention-backend CUSTOM"
+        )
+    return False
+
+
+def served_artifact(vllm_config: VllmConfig) -> tuple[Settings, Artifact]:
+    """Settings and checked artifact of a configuration for which `selected` holds."""
+    settings = read_settings(vllm_config.additional_config)
+    directory = locate_artifact(settings.artifact, vllm_config.model_config.model)
+    return settings, open_artifact(directory, settings.digest)
+
+
+def prepare(vllm_config: VllmConfig) -> None:
+    """Check a configuration that asks for KVSplice and write the artifact's digest into it.
+
+    Raises:
+        KVSpliceError: it cannot be served; the message says why and what to change.
+
+    """
+    settings, artifact = served_artifact(vllm_config)
+    artifact.check_model(vllm_config.model_config.hf_config)
+    reasons = [reason for present, reason in _refusals(vllm_config) if present]
+    if reasons:
+        raise KVSpliceError(f"KVSplice cannot serve this configuration: {'; '.join(reasons)}")
+    section = settings.model_dump(exclude_none=True) | {"digest": artifact.digest}
+    vllm_config.additional_config = {**vllm_config.additional_config, NAMESPACE: section}
+
+
+def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    model = vllm_config.model_config
+    block_size = cache.block_size if cache.user_specified_block_size else BLOCK_MULTIPLE
+    heads = model.get_total_num_kv_heads()
+    ranks = parallel.tensor_parallel_size
+    return [
+        (
+            vllm_config.speculative_config is not None,
+            "speculative decoding is not supported, drop --speculative-config",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors and offloading are not supported, drop --kv-transfer-config",
+        ),
+        (
+            cache.cache_dtype not in ("auto", "bfloat16", "float16"),
+            f"the artifact decides the cache's format, drop --kv-cache-dtype {cache.cache_dtype}",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism is not supported, use --tensor-parallel-size",
+        ),
+        (heads % ranks != 0 and ranks % heads != 0, f"{heads} KV heads cannot be spread over {ranks} ranks"),
+        (block_size % BLOCK_MULTIPLE != 0, f"--block-size {block_size} is not a multiple of {BLOCK_MULTIPLE}"),
+        (model.use_mla, "multi-head latent attention models have no KV heads to compress"),
+        (model.is_encoder_decoder, "encoder-decoder models are not supported"),
+        (
+            model.is_multimodal_model,
+            "multimodal models are not supported, their positions are not those of the text",
+        ),
+    ]
+
+
+def _wrap_config_check(platform: type) -> None:
+    original = platform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
+        try:
+            if vllm_config.model_config is not None and selected(vllm_config):
+                prepare(vllm_config)
+        except KVSpliceError:
+            _print_without_traceback()
+            raise
+        original(cls, vllm_config)
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _wrap_backend_choice(platform: type) -> None:
+    original = platform.get_attn_backend_cls.__func__
+
+    def get_attn_backend_cls(cls: type, selected_backend: Any, attn_selector_config: Any, **options: Any) -> str:
+        ours = selected_backend is AttentionBackendEnum.CUSTOM and selected_backend.get_path() == BACKEND_PATH
+        if ours and attn_selector_config.has_sliding_window:
+            logger.info_once("KVSplice leaves sliding-window layers to the stock attention backend.")
+        elif ours and attn_selector_config.attn_type == AttentionType.DECODER:
+            return BACKEND_PATH
+        stock = None if ours else selected_backend
+        return original(cls, selected_backend=stock, attn_selector_config=attn_selector_config, **options)
+
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _print_without_traceback() -> None:
+    """A server that stops for a user's mistake ends with the one sentence that mends it."""
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if isinstance(error, KVSpliceError):
+            print(f"kvsplice: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, traceback)
+
+    sys.excepthook = hook

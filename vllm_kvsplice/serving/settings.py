@@ -1,0 +1,91 @@
+"""From vLLM's configuration to a checked artifact."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vllm_kvsplice.artifact import Artifact, load_artifact
+from vllm_kvsplice.engines import get_engine
+from vllm_kvsplice.errors import ArtifactError, KVSpliceError
+
+NAMESPACE = "kvsplice"
+
+
+class Settings(BaseModel):
+    """``--additional-config '{"kvsplice": {...}}'``.
+
+    Attributes:
+        artifact: directory, or name on the Hugging Face Hub; None means the folder `kvsplice` of the model.
+        engine: kernel implementation.
+        digest: of the artifact. Filled in at start, so that it enters vLLM's hash of the configuration and every process
+            reads the same artifact.
+
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    artifact: str | None = None
+    engine: str = "reference"
+    digest: str | None = None
+
+
+def read_settings(additional_config: Any) -> Settings:
+    """The `kvsplice` part of vLLM's ``additional_config``; raises `KVSpliceError` on anything unknown in it."""
+    section = additional_config.get(NAMESPACE, {}) if isinstance(additional_config, dict) else {}
+    try:
+        settings = Settings.model_validate(section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (NAMESPACE, *first["loc"])))
+        choices = ", ".join(name for name in Settings.model_fields if name != "digest")
+        raise KVSpliceError(f"additional_config is wrong at {where}: {first['msg']}; it takes {choices}") from error
+    get_engine(settings.engine)
+    return settings
+
+
+def locate_artifact(artifact: str | None, model: str) -> Path:
+    """The directory of an artifact given by path or Hub name, or else inside `model`.
+
+    Raises:
+        ArtifactError: there is none; the message names the command that makes one.
+
+    """
+    if artifact is not None:
+        return Path(artifact) if os.path.isdir(artifact) else _from_hub(artifact, "", model)
+    inside = Path(model) / NAMESPACE
+    if inside.is_dir() or os.path.isdir(model):
+        if not inside.is_dir():
+            raise ArtifactError(
+                f"no KVSplice artifact for {model}; make one with: kvsplice calibrate {model} --out {inside}"
+            )
+        return inside
+    return _from_hub(model, NAMESPACE, model)
+
+
+def _from_hub(repository: str, folder: str, model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = f"{folder}/*" if folder else "*"
+    try:
+        found = Path(snapshot_download(repository, allow_patterns=wanted)) / folder
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ArtifactError(
+            f"{repository} is neither an artifact directory nor an artifact on the Hub that can be reached; "
+            f"make one with: kvsplice calibrate {model} --out DIR"
+        ) from error
+    if not found.is_dir():
+        raise ArtifactError(f"{repository} holds no artifact; make one with: kvsplice calibrate {model} --out DIR")
+    return found
+
+
+@lru_cache(maxsize=2)
+def open_artifact(directory: Path, digest: str | None) -> Artifact:
+    """Load and check an artifact once per process; with `digest`, insist that it is still that one."""
+    artifact = load_artifact(directory)
+    if digest not in (None, artifact.digest):
+        raise ArtifactError(f"the artifact at {directory} changed while the server was starting; start it again")
+    return artifact
