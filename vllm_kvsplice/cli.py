@@ -141,7 +141,7 @@ def inspect(artifact: ArtifactDir) -> None:
     from vllm_kvsplice.serving.settings import locate_artifact
 
     loaded = load_artifact(locate_artifact(artifact, "MODEL"))
-    console.print(_width_map(loaded))
+    _print_width_map(loaded)
     _print_summary(loaded, str(artifact))
 
 
@@ -241,20 +241,17 @@ def _print_summary(artifact: "Artifact", title: str) -> None:
     console.print(table)
 
 
-def _width_map(artifact: "Artifact") -> Table:
-    """Every layer a row, every head a cell: one digit per group of 8 latents, its width in bits."""
-    heads = artifact.manifest.model.num_kv_heads
-    table = Table("layer", "bytes", title="Bits of each group of 8 latents", title_justify="left")
-    for kind in ("key", "value"):
-        for head in range(heads):
-            table.add_column(f"{kind} {head}")
+def _print_width_map(artifact: "Artifact") -> None:
+    """Every layer a line, every head a run of digits: one per group of 8 latents, its width in bits."""
+    console.print("Bits of each group of 8 latents, head by head (a layer a line: bytes per token, keys | values)")
     for index, layer in enumerate(artifact.manifest.layers):
+        line = Text(f"{index:4d}  ")
         if layer is None:
-            table.add_row(str(index), "dense", *["-"] * (2 * heads))
+            line.append("dense")
         else:
-            cells = [_digits(head) for kind in (layer.key, layer.value) for head in kind]
-            table.add_row(str(index), str(layer.layout.token_bytes), *cells)
-    return table
+            line.append(f"{layer.layout.token_bytes:5d}  ")
+            line.append_text(Text(" | ").join([Text(" ").join(map(_digits, k)) for k in (layer.key, layer.value)]))
+        console.print(line, soft_wrap=True)
 
 
 def _digits(widths: tuple[int, ...]) -> Text:

@@ -5,6 +5,7 @@ configuration check is wrapped too: it runs in the first process, before any wei
 learn what is wrong. Both wrappers pass everything through unless the configuration asks for KVSplice.
 """
 
+import os
 import sys
 from types import TracebackType
 from typing import Any
@@ -16,12 +17,14 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_kvsplice.artifact import Artifact
+from vllm_kvsplice.doctor import TESTED_VLLM, vllm_version
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.serving.settings import NAMESPACE, Settings, locate_artifact, open_artifact, read_settings
 
 BACKEND_PATH = "vllm_kvsplice.serving.backend.KVSpliceBackend"
 # A page of N tokens keeps every byte plane aligned to N; vector loads want at least this many.
 BLOCK_MULTIPLE = 16
+UNTESTED_VARIABLE = "VLLM_KVSPLICE_ALLOW_UNTESTED"
 _WRAPPED = "_kvsplice_wrapped"
 
 logger = init_logger("vllm.kvsplice")

