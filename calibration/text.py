@@ -127,19 +127,20 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: str, count: in
     if tokenizer.chat_template is None:
         return windows
     for index in range(CHAT_EVERY - 1, len(windows), CHAT_EVERY):
-        windows[index] = _as_conversation(tokenizer, tokenizer.decode(windows[index]), context)
+        windows[index] = _as_conversation(tokenizer, str(tokenizer.decode(windows[index])), context)
     return windows
 
 
 def _as_conversation(tokenizer: PreTrainedTokenizerBase, text: str, context: int) -> Tensor:
     """The first `context` tokens of `text` as turns of a user and an assistant, question and answer of unequal length."""
-    turns, start = [], 0
+    turns: list[dict[str, str]] = []
+    start = 0
     while start < len(text):
         role, length = ("user", 120) if len(turns) % 2 == 0 else ("assistant", 480)
         turns.append({"role": role, "content": text[start : start + length].strip() or "..."})
         start += length
     rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    return _tokens(tokenizer, rendered)[:context]
+    return _tokens(tokenizer, str(rendered))[:context]
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

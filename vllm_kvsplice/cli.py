@@ -1,8 +1,8 @@
 """The command line `kvsplice`. Commands import what they need when they run, so that `--help` answers at once."""
 
 import json
-import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
@@ -25,6 +25,14 @@ app = typer.Typer(
     epilog="Start with: `kvsplice calibrate MODEL --out MODEL/kvsplice`, then `kvsplice serve MODEL MODEL/kvsplice`.",
 )
 console = Console()
+
+
+class Mode(StrEnum):
+    """How ``kvsplice eval`` reads position 0."""
+
+    all = "all"
+    serving = "serving"
+
 
 Model = Annotated[str, typer.Argument(help="Model directory, or name on the Hugging Face Hub.", metavar="MODEL")]
 ArtifactDir = Annotated[str, typer.Argument(help="Artifact directory, or name on the Hub.", metavar="ARTIFACT")]
@@ -85,7 +93,9 @@ def evaluate(
     text: Annotated[str, typer.Option(help="A file, a directory, pydoc or wikitext (their held-out parts).")],
     context: Annotated[int, typer.Option(help="Tokens per window.", min=16)] = 1024,
     windows: Annotated[int, typer.Option(help="Windows, spread evenly over the text.", min=1)] = 12,
-    mode: Annotated[str, typer.Option(help="all: position 0 exact. serving: exactly what the server reads.")] = "all",
+    mode: Annotated[
+        Mode, typer.Option(help="all: position 0 exact. serving: exactly what the server reads.")
+    ] = Mode.all,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the figures here as well.")] = None,
 ) -> None:
     """Perplexity of a model without and with its cache compressed (every attended key and value read as stored).
@@ -99,8 +109,6 @@ def evaluate(
     from vllm_kvsplice.artifact import load_artifact
     from vllm_kvsplice.serving.settings import locate_artifact
 
-    if mode not in ("all", "serving"):
-        raise KVSpliceError(f"mode {mode!r} is unknown; choose all or serving")
     loaded = load_artifact(locate_artifact(artifact, model))
     content = read_text(text)
     try:
@@ -108,7 +116,7 @@ def evaluate(
     except (OSError, ValueError, KeyError) as error:
         raise KVSpliceError(f"cannot load the tokenizer of {model}; give a model directory or Hub name") from error
     tokens = token_windows(tokenizer, content, windows, context)
-    result = judge(model, loaded, tokens, mode, "Measuring perplexity")
+    result = judge(model, loaded, tokens, mode.value, "Measuring perplexity")
     figures = {
         "baseline_ppl": result.baseline_ppl,
         "ppl": result.ppl,
@@ -117,7 +125,7 @@ def evaluate(
         "bytes_per_token": loaded.bytes_per_token,
         "baseline_bytes_per_token": loaded.baseline_bytes_per_token,
         "tokens": result.tokens,
-        "mode": mode,
+        "mode": mode.value,
         "context": context,
     }
     if json_file:
@@ -181,6 +189,7 @@ def serve(
     from transformers import AutoConfig
 
     from vllm_kvsplice.artifact import load_artifact
+    from vllm_kvsplice.doctor import check_command_line, check_plugin
     from vllm_kvsplice.serving.settings import locate_artifact
 
     extra = list(context.args)
@@ -193,8 +202,14 @@ def serve(
     except (OSError, ValueError) as error:
         raise KVSpliceError(f"cannot read the configuration of {model}; give a model directory or Hub name") from error
     options, extra = _merged_config(extra, {"artifact": str(directory)})
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--attention-backend", "CUSTOM"]
-    os.execv(sys.executable, [*command, "--additional-config", json.dumps(options), *extra])
+    # vLLM logs a plugin that does not load and serves uncompressed: make sure first that it does.
+    check_command_line()
+    check_plugin()
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    sys.argv = ["vllm", "serve", model, "--attention-backend", "CUSTOM"]
+    sys.argv += ["--additional-config", json.dumps(options), *extra]
+    vllm_main()
 
 
 def _merged_config(extra: list[str], section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

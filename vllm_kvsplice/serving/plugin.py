@@ -33,7 +33,7 @@ logger = init_logger("vllm.kvsplice")
 def register() -> None:
     """Make the backend selectable as CUSTOM. Safe to call again."""
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
-    platform = type(current_platform)
+    platform: Any = type(current_platform)
     if not getattr(platform, _WRAPPED, False):
         _wrap_backend_choice(platform)
         _wrap_config_check(platform)
@@ -74,7 +74,8 @@ def prepare(vllm_config: VllmConfig) -> None:
     if reasons:
         raise KVSpliceError(f"KVSplice cannot serve this configuration: {'; '.join(reasons)}")
     section = settings.model_dump(exclude_none=True) | {"digest": artifact.digest}
-    vllm_config.additional_config = {**vllm_config.additional_config, NAMESPACE: section}
+    given = vllm_config.additional_config
+    vllm_config.additional_config = {**(given if isinstance(given, dict) else {}), NAMESPACE: section}
 
 
 def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
@@ -83,7 +84,12 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     block_size = cache.block_size if cache.user_specified_block_size else BLOCK_MULTIPLE
     heads = model.get_total_num_kv_heads()
     ranks = parallel.tensor_parallel_size
+    version = vllm_version()
     return [
+        (
+            not version.startswith(TESTED_VLLM) and not os.environ.get(UNTESTED_VARIABLE),
+            f"vLLM {version} is untested, install {TESTED_VLLM[0]}x or set {UNTESTED_VARIABLE}=1",
+        ),
         (
             vllm_config.speculative_config is not None,
             "speculative decoding is not supported, drop --speculative-config",
@@ -111,7 +117,7 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     ]
 
 
-def _wrap_config_check(platform: type) -> None:
+def _wrap_config_check(platform: Any) -> None:
     original = platform.check_and_update_config.__func__
 
     def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
@@ -126,7 +132,7 @@ def _wrap_config_check(platform: type) -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def _wrap_backend_choice(platform: type) -> None:
+def _wrap_backend_choice(platform: Any) -> None:
     original = platform.get_attn_backend_cls.__func__
 
     def get_attn_backend_cls(cls: type, selected_backend: Any, attn_selector_config: Any, **options: Any) -> str:

@@ -67,7 +67,7 @@ def locate_artifact(artifact: str | None, model: str) -> Path:
 
 def _from_hub(repository: str, folder: str, model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = f"{folder}/*" if folder else "*"
     try:

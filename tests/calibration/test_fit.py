@@ -1,0 +1,304 @@
+"""Transforms, codebooks and sinks of the closed-form codec, against their definitions and published optima."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from calibration.fit import FISHER_FLOOR, Transform, fit_codebooks, fit_pca, fit_sinks, lloyd_max, weighted_klt
+from calibration.plan import plan_budget
+from calibration.statistics import KindStatistics, Statistics
+from vllm_kvsplice.artifact import pack_levels
+from vllm_kvsplice.codec import LEVELS
+from vllm_kvsplice.layout import GROUP, MAX_WIDTH
+
+# Least mean squared error of a unit Gaussian in 2**b levels (Max, Quantizing for Minimum Distortion, 1960, table I);
+# past that table its limit for many levels (Panter & Dite, 1951).
+GAUSSIAN_OPTIMUM = {0: 1.0, 1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}
+GAUSSIAN_OPTIMUM |= {width: 3**0.5 * torch.pi / 2 / 4**width for width in (6, 7, 8)}
+GAUSSIAN_LEVELS = {1: [0.7979], 2: [0.4528, 1.510], 3: [0.2451, 0.7560, 1.344, 2.152]}
+# Histograms of 1/100 of a standard deviation, out to 12 on either side.
+BINS, PER_UNIT, REACH = 2400, 100, 12.0
+CENTRES = (torch.arange(BINS, dtype=torch.float64) + 0.5) / PER_UNIT - REACH
+
+
+def kind_statistics(seed: int = 0, shape: tuple[int, ...] = (2, 3, 16), samples: int = 500) -> KindStatistics:
+    """Correlated residuals and gradients of very unequal directions, for L layers, H heads, D dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, heads, dim = shape
+
+    def correlated(count: int) -> Tensor:
+        mixing = torch.randn(layers, heads, dim, dim, generator=generator) * 0.85 ** torch.arange(dim)
+        return torch.randn(layers, heads, count, dim, generator=generator) @ mixing
+
+    residual, gradient = correlated(samples), correlated(samples)
+    mean = torch.randn(*shape, generator=generator)
+    return KindStatistics(
+        mean=mean,
+        fisher=gradient.mT @ gradient / samples,
+        residual=(residual - residual.mean(2, keepdim=True)).half(),
+        sink=mean[:, :, None] + residual[:, :, :64],
+    )
+
+
+def cost(statistics: KindStatistics, error: Tensor) -> Tensor:
+    """Mean of e^T M e for errors [L, H, n, D], M the Fisher matrix with the floor that keeps every direction dear."""
+    dim = error.shape[-1]
+    floor = FISHER_FLOOR * statistics.fisher.diagonal(dim1=-2, dim2=-1).sum(-1) / dim
+    metric = statistics.fisher.double() + floor.double()[..., None, None] * torch.eye(dim)
+    return torch.einsum("lhnd,lhde,lhne->lhn", error.double(), metric, error.double()).mean(-1)
+
+
+class TestTransform:
+    @pytest.fixture(scope="class")
+    def fitted(self) -> tuple[KindStatistics, Transform]:
+        statistics = kind_statistics()
+        return statistics, weighted_klt(statistics)
+
+    def test_synthesis_undoes_analysis(self, fitted):
+        _, transform = fitted
+        product = transform.analysis.double() @ transform.synthesis.double()
+        torch.testing.assert_close(product, torch.eye(16).double().expand_as(product), atol=1e-4, rtol=0)
+
+    def test_latents_are_uncorrelated_with_unit_variance(self, fitted):
+        statistics, transform = fitted
+        latents = torch.einsum("lhrd,lhnd->lhrn", transform.analysis.double(), statistics.residual.double())
+        covariance = latents @ latents.mT / latents.shape[-1]
+        # The least of directions has 1e-5 of the variance of the largest, hence the float32 analysis 1e-2 of error.
+        torch.testing.assert_close(covariance, torch.eye(16).double().expand_as(covariance), atol=1e-2, rtol=0)
+
+    def test_latents_come_in_order_of_importance(self, fitted):
+        _, transform = fitted
+        assert (transform.importance > 0).all()
+        assert (transform.importance.diff(dim=-1) <= 0).all()
+
+    def test_errors_of_latents_cost_their_importance(self, fitted):
+        statistics, transform = fitted
+        latent_error = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(1)).double()
+        error = torch.einsum("lhdr,lhnr->lhnd", transform.synthesis.double(), latent_error)
+        expected = (latent_error.square() * transform.importance.double()[:, :, None]).sum(-1).mean(-1)
+        torch.testing.assert_close(cost(statistics, error), expected, rtol=1e-4, atol=0)
+
+    def test_dropping_all_latents_costs_all_their_importance(self, fitted):
+        statistics, transform = fitted
+        torch.testing.assert_close(
+            cost(statistics, statistics.residual), transform.importance.sum(-1).double(), rtol=1e-4, atol=0
+        )
+
+    def test_no_other_basis_loses_less_when_half_of_it_is_dropped(self, fitted):
+        statistics, transform = fitted
+        kept = transform.synthesis[..., :8] @ transform.analysis[..., :8, :]
+        lost = statistics.residual.float() @ (torch.eye(16) - kept).mT
+        for seed in range(5):
+            basis = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(seed))).Q[:, :8]
+            other = statistics.residual.float() @ (torch.eye(16) - basis @ basis.T)
+            assert (cost(statistics, lost) <= cost(statistics, other)).all()
+
+    @pytest.mark.parametrize("case", ["no gradient", "no variance", "one direction", "few samples"])
+    def test_degenerate_statistics_give_a_usable_transform(self, case):
+        statistics = kind_statistics(samples=5 if case == "few samples" else 500)
+        if case == "no gradient":
+            statistics.fisher[1, 2] = 0
+        if case == "no variance":
+            statistics.residual[1, 2] = 0
+        if case == "one direction":
+            statistics.residual[1, 2] = statistics.residual[1, 2, :, :1]
+        transform = weighted_klt(statistics)
+        assert all(tensor.isfinite().all() for tensor in vars(transform).values())
+        product = transform.analysis.double() @ transform.synthesis.double()
+        torch.testing.assert_close(product, torch.eye(16).double().expand_as(product), atol=0.05, rtol=0)
+        levels = fit_codebooks(statistics, transform)
+        assert levels.distortion.isfinite().all()
+
+
+QUANTILES = torch.distributions.Normal(0, 1).icdf(torch.arange(0.5, 1e6, dtype=torch.float64) / 1e6)
+
+
+def gaussian() -> Tensor:
+    return torch.exp(-CENTRES.square() / 2)[None] / PER_UNIT / (2 * torch.pi) ** 0.5
+
+
+def histogram_of(samples: Tensor) -> Tensor:
+    return torch.histc(samples.float(), BINS, -REACH, REACH).double()[None] / len(samples)
+
+
+def textbook_lloyd(histogram: Tensor, width: int) -> float:
+    """Lloyd's algorithm over bins, one at a time, started from evenly spaced levels and run until it stands still."""
+    weight = histogram[0]
+    used = CENTRES[weight > 0]
+    levels = torch.linspace(float(used.min()), float(used.max()), (1 << width) + 2, dtype=torch.float64)[1:-1]
+    before = torch.zeros_like(levels)
+    while (levels - before).abs().max() > 1e-4:
+        before = levels.clone()
+        nearest = (CENTRES[:, None] - levels).abs().argmin(1)
+        for i in range(len(levels)):
+            cell = nearest == i
+            if weight[cell].sum() > 0:
+                levels[i] = (weight * CENTRES)[cell].sum() / weight[cell].sum()
+    return distortion_of(histogram, levels)
+
+
+def distortion_of(histogram: Tensor, levels: Tensor) -> float:
+    """Squared error of coding every bin by its nearest level, the definition."""
+    return float((histogram[0] * (CENTRES[:, None] - levels.double()).abs().min(1).values.square()).sum())
+
+
+SAMPLES = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+SHAPES = {
+    "gaussian": gaussian(),
+    "laplacian": histogram_of(torch.distributions.Laplace(0, 0.7).icdf(torch.arange(0.5, 20_000) / 20_000)),
+    "two peaks": histogram_of(SAMPLES * 0.2 + SAMPLES.sign()),
+    "one-sided": histogram_of(SAMPLES.square() - 1),
+    "clipped": histogram_of(SAMPLES.clamp(-1, 1)),
+}
+DEGENERATE = {
+    "empty": torch.zeros(1, BINS, dtype=torch.float64),
+    "one bin": histogram_of(torch.full((10,), 0.105)),
+    "two bins": histogram_of(torch.tensor([-11.995, 11.995])),
+    "last bin": histogram_of(torch.full((10,), 11.999)),
+    "first bin": histogram_of(torch.full((10,), -11.999)),
+    "an outlier": histogram_of(torch.cat((SAMPLES * 0.01, torch.tensor([11.0])))),
+}
+
+
+class TestLloydMax:
+    @pytest.mark.parametrize("width", GAUSSIAN_OPTIMUM)
+    def test_distortion_of_a_gaussian_is_the_published_optimum(self, width):
+        levels = lloyd_max(gaussian(), width)[0][0].double()
+        left = (QUANTILES - levels[torch.searchsorted((levels[1:] + levels[:-1]) / 2, QUANTILES)]).square().mean()
+        # Boundaries on a grid of 1/100 cost 1 % at 4 bits and 3 % at 8, where cells are two bins wide.
+        assert float(left) == pytest.approx(GAUSSIAN_OPTIMUM[width], rel=0.002 if width <= 3 else 0.03)
+
+    @pytest.mark.parametrize("width", GAUSSIAN_LEVELS)
+    def test_levels_of_a_gaussian_are_the_published_ones(self, width):
+        positive = GAUSSIAN_LEVELS[width]
+        expected = torch.tensor([-x for x in reversed(positive)] + positive)
+        # Three bins: the optimum is so flat that a boundary on the grid can stop short of it.
+        torch.testing.assert_close(lloyd_max(gaussian(), width)[0][0], expected, atol=3 / PER_UNIT, rtol=0)
+
+    @pytest.mark.parametrize("width", [1, 2, 3, 4])
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_as_good_as_a_textbook_lloyd(self, shape, width):
+        assert float(lloyd_max(SHAPES[shape], width)[1]) <= textbook_lloyd(SHAPES[shape], width) * 1.02
+
+    @pytest.mark.parametrize("width", range(MAX_WIDTH + 1))
+    @pytest.mark.parametrize("shape", SHAPES | DEGENERATE)
+    def test_levels_ascend_and_the_stated_distortion_is_true(self, shape, width):
+        histogram = (SHAPES | DEGENERATE)[shape]
+        levels, left = lloyd_max(histogram, width)
+        assert levels.shape == (1, 1 << width)
+        assert levels.dtype == torch.float32
+        assert (levels.diff() > 0).all()
+        # Boundaries fall on bin edges, so a bin may be coded by its second nearest level: at most half a bin off.
+        exact = distortion_of(histogram, levels[0])
+        assert float(left) == pytest.approx(exact, rel=0.02, abs=float(histogram.sum()) / PER_UNIT**2 / 4)
+
+    @pytest.mark.parametrize("shape", SHAPES | DEGENERATE)
+    def test_distortion_falls_with_the_width(self, shape):
+        histogram = (SHAPES | DEGENERATE)[shape]
+        left = [float(lloyd_max(histogram, width)[1]) for width in range(MAX_WIDTH + 1)]
+        within_a_bin = float(histogram.sum()) / PER_UNIT**2
+        assert all(more <= less + within_a_bin for less, more in zip(left, left[1:], strict=False))
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.lists(st.floats(-30, 30), min_size=1, max_size=40), st.integers(0, MAX_WIDTH))
+    def test_any_histogram_gives_ascending_levels(self, values, width):
+        levels, left = lloyd_max(histogram_of(torch.tensor(values).clamp(-11.99, 11.99)), width)
+        assert (levels.diff() > 0).all()
+        assert 0 <= float(left) < torch.inf
+
+    def test_histograms_do_not_influence_each_other(self):
+        together = lloyd_max(torch.cat(list(SHAPES.values())), 3)
+        for row, histogram in enumerate(SHAPES.values()):
+            levels, left = lloyd_max(histogram, 3)
+            torch.testing.assert_close(together[0][row : row + 1], levels)
+            torch.testing.assert_close(together[1][row : row + 1], left)
+
+
+def test_stated_distortion_of_codebooks_is_what_coding_costs():
+    statistics = kind_statistics(samples=3000)
+    transform = weighted_klt(statistics)
+    books = fit_codebooks(statistics, transform)
+    latents = torch.einsum("lhrd,lhnd->lhrn", transform.analysis, statistics.residual.float()).unflatten(2, (-1, GROUP))
+    importance = transform.importance.unflatten(2, (-1, GROUP))
+    for width in (0, 1, 3, 5):
+        levels = books.levels[width]
+        errors = (latents[..., None] - levels[:, :, :, None, None]).abs().min(-1).values
+        expected = (errors.square().mean(-1) * importance).sum(-1)
+        torch.testing.assert_close(books.distortion[..., width], expected, rtol=0.02, atol=0)
+
+
+class TestSinks:
+    @pytest.fixture(scope="class")
+    def fitted(self) -> tuple[KindStatistics, Transform, Tensor]:
+        """With codebooks of 3 bits everywhere."""
+        statistics = kind_statistics(samples=3000)
+        transform = weighted_klt(statistics)
+        books = fit_codebooks(statistics, transform)
+        return statistics, transform, books.of(torch.full(books.distortion.shape[:-1], 3))
+
+    def with_sink(self, fitted, sink: Tensor) -> tuple[Tensor, Tensor]:
+        statistics, transform, levels = fitted
+        return fit_sinks(KindStatistics(**vars(statistics) | {"sink": sink}), transform, levels)
+
+    def test_sink_that_never_varies_takes_the_place_of_the_token(self, fitted):
+        constant = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(5)) * 100
+        sink, coded = self.with_sink(fitted, constant[:, :, None].expand(-1, -1, 64, -1))
+        assert not coded.any()
+        torch.testing.assert_close(sink, constant)
+
+    def test_first_tokens_like_all_others_are_coded_around_the_ordinary_mean(self, fitted):
+        statistics, _, _ = fitted
+        ordinary = statistics.mean[:, :, None] + statistics.residual[:, :, :2000].float()
+        sink, coded = self.with_sink(fitted, ordinary)
+        assert coded.all()
+        # Their own mean is as good a centre; either way it is the same place.
+        assert (sink - statistics.mean).abs().max() < 0.2 * statistics.residual.float().std()
+
+    def test_varying_sinks_far_from_the_mean_are_coded_around_their_own(self, fitted):
+        statistics, _, _ = fitted
+        away = statistics.mean + 50
+        sink, coded = self.with_sink(fitted, away[:, :, None] + statistics.residual[:, :, :2000].float())
+        assert coded.all()
+        assert (sink - away).abs().max() < 1
+
+    def test_each_head_is_decided_on_its_own(self, fitted):
+        statistics, _, _ = fitted
+        first_tokens = statistics.mean[:, :, None] + statistics.residual[:, :, :2000].float()
+        first_tokens[1, 2] = 7.0
+        sink, coded = self.with_sink(fitted, first_tokens)
+        assert coded.sum() == 5
+        assert not coded[1, 2]
+        assert (sink[1, 2] == 7.0).all()
+
+
+class TestPca:
+    @pytest.fixture(scope="class")
+    def statistics(self) -> Statistics:
+        return Statistics((0, 2), kind_statistics(0), kind_statistics(1), tokens=500)
+
+    @pytest.mark.parametrize("budget", [32, 64, 192])
+    def test_latents_without_bits_have_no_part_in_the_codec(self, statistics, budget):
+        codec = fit_pca(statistics, lambda distortion: plan_budget(distortion, budget))
+        assert codec.plan.bytes_per_token == budget
+        for name, widths in zip(("key", "value"), codec.plan.widths, strict=True):
+            on = (widths > 0).repeat_interleave(GROUP, -1)
+            assert ((codec.tensors[f"{name}.analysis"] != 0).any(-1) == on).all()
+            assert ((codec.tensors[f"{name}.synthesis"] != 0).any(-2) == on).all()
+            assert len(codec.tensors[f"{name}.levels"]) == sum(1 << int(w) for w in widths.flatten() if w)
+
+    def test_planned_distortion_is_that_of_the_codebooks_it_exports(self, statistics):
+        seen = []
+
+        def plan(distortion: Tensor):
+            seen.append(distortion)
+            return plan_budget(distortion, 96)
+
+        codec = fit_pca(statistics, plan)
+        assert seen[0].shape == (2, 2, 3, 2, MAX_WIDTH + 1)
+        books = fit_codebooks(statistics.key, weighted_klt(statistics.key))
+        torch.testing.assert_close(seen[0][0], books.distortion)
+        widths = codec.plan.widths[0]
+        assert books.of(widths).shape == (*widths.shape, LEVELS)
+        assert torch.equal(codec.tensors["key.levels"], pack_levels(books.of(widths), widths.tolist()))

@@ -1,0 +1,355 @@
+"""What the tests share: shapes, random codecs, paged memory, second formulations. Letters as in `vllm_kvsplice`."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from vllm_kvsplice.artifact import Artifact, LayerPlan, Manifest, ModelShape, Provenance, RotaryShape
+from vllm_kvsplice.codec import LEVELS, KindCodec, LayerCodec
+from vllm_kvsplice.engines import Engine
+from vllm_kvsplice.layout import GROUP, LayerLayout
+from vllm_kvsplice.rotary import Rotary
+
+CANARY = 0xA5
+ALL_WIDTHS = tuple(range(9))
+
+# (share of the dimensions that turn, interleaved pairs); None: keys carry no position.
+ROTARIES: dict[str, tuple[float, bool] | None] = {
+    "none": None,
+    "half": (1.0, False),
+    "interleaved": (1.0, True),
+    "partial": (0.5, False),
+    "partial-interleaved": (0.25, True),
+}
+# Whether the sinks of even and of odd heads are coded; values do the opposite of keys where the two differ.
+SINKS = {"replaced": (False, False), "coded": (True, True), "mixed": (False, True)}
+
+# Eight latents whose low bits are the codes at every width, and their bytes at each width, worked out by hand.
+GOLDEN_LATENTS = (0x1B, 0x2D, 0xC6, 0x93, 0x58, 0xE4, 0x7F, 0xA0)
+GOLDEN = {
+    0: "",
+    1: "4B",
+    2: "E7 30",
+    3: "E7 30 66",
+    4: "DB 36 48 0F",
+    5: "DB 36 48 0F 59",
+    6: "DB 36 48 0F 49 B9",
+    7: "DB 36 48 0F 49 B9 74",
+    8: "1B 2D C6 93 58 E4 7F A0",
+}
+
+
+def span(numbers: Iterable[int]) -> str:
+    numbers = sorted(numbers)
+    return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]}..{numbers[-1]}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step: per sequence (T queries, S stored tokens, theirs included), heads, and pages of N tokens a block."""
+
+    sequences: tuple[tuple[int, int], ...] = ((7, 33),)
+    heads: int = 2
+    group: int = 3
+    dim: int = 32
+    block: int = 16
+    widths: tuple[int, ...] = ALL_WIDTHS
+    rotary: str = "half"
+    sinks: str = "mixed"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        queries, stored = (span(numbers) for numbers in zip(*self.sequences, strict=True))
+        shape = f"T{queries}-S{stored}-H{self.heads}-G{self.group}-D{self.dim}-N{self.block}-w{span(self.widths)}"
+        return f"{shape}-{self.rotary}-{self.sinks}" + (f"-seed{self.seed}" if self.seed else "")
+
+    @property
+    def codec_id(self) -> str:
+        return f"H{self.heads}-D{self.dim}-w{span(self.widths)}-{self.rotary}-{self.sinks}"
+
+    def codec(self) -> LayerCodec:
+        return make_codec(self.heads, self.dim, self.widths, self.rotary, self.sinks, self.seed)
+
+
+# Decode, fresh prompt, continuation, a full block and a single token, as one vLLM step mixes them.
+MIXED = ((1, 40), (19, 19), (7, 33), (1, 16), (1, 1), (16, 48), (1, 17))
+
+
+def random_case(seed: int) -> Case:
+    """A small case of any shape."""
+    random = torch.Generator().manual_seed(seed)
+
+    def pick(options: Sequence) -> object:
+        return options[int(torch.randint(len(options), (1,), generator=random))]
+
+    stored = [pick(range(1, 50)) for _ in range(pick((1, 2, 3)))]
+    return Case(
+        sequences=tuple((pick(range(1, min(n, 9) + 1)), n) for n in stored),
+        heads=pick((1, 2, 3)),
+        group=pick((1, 3)),
+        dim=pick((8, 32, 64)),
+        block=pick((16, 32)),
+        widths=pick((ALL_WIDTHS, (0, 1), (3, 5, 7), (8,))),
+        rotary=pick(list(ROTARIES)),
+        sinks=pick(list(SINKS)),
+        seed=seed,
+    )
+
+
+def make_rotary(style: str, dim: int) -> Rotary | None:
+    if not (shape := ROTARIES[style]):
+        return None
+    pairs = int(dim * shape[0]) // 2
+    return Rotary(10000.0 ** -(torch.arange(pairs, dtype=torch.float32) / pairs), shape[1])
+
+
+def make_codec(
+    heads: int,
+    dim: int,
+    widths: Sequence[int] = ALL_WIDTHS,
+    rotary: str = "half",
+    sinks: str = "mixed",
+    seed: int = 0,
+) -> LayerCodec:
+    """A random codec: orthogonal transforms, Gaussian quantiles as codebooks, each of `widths` as often as the others."""
+    random = torch.Generator().manual_seed(seed)
+    groups = 2 * heads * dim // GROUP
+    drawn = torch.tensor(widths).repeat(-(-groups // len(widths)))[:groups]
+    plan = drawn[torch.randperm(groups, generator=random)].view(2, heads, dim // GROUP)
+    coded = torch.tensor(SINKS[sinks]).repeat(heads)[:heads]
+    kinds = [
+        _make_kind(plan[0], coded, random),
+        _make_kind(plan[1], ~coded if sinks == "mixed" else coded, random),
+    ]
+    layout = LayerLayout(*(tuple(map(tuple, half.tolist())) for half in plan))
+    return LayerCodec(*kinds, layout, make_rotary(rotary, dim))
+
+
+def _make_kind(widths: Tensor, sink_coded: Tensor, random: torch.Generator) -> KindCodec:
+    heads, dim = widths.shape[0], widths.shape[1] * GROUP
+
+    def uniform(*shape: int, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=random)
+
+    basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=random)).Q
+    deviation = uniform(heads, dim, low=0.7, high=1.4)
+    used = (widths > 0).repeat_interleave(GROUP, 1)
+    return KindCodec(
+        mean=torch.randn(heads, dim, generator=random),
+        analysis=basis.mT / deviation[..., None] * used[..., None],
+        synthesis=basis * (deviation * used)[:, None],
+        levels=codebooks(widths) * uniform(*widths.shape, 1, low=0.8, high=1.2),
+        sink=torch.randn(heads, dim, generator=random),
+        sink_coded=sink_coded,
+    )
+
+
+def codebooks(widths: Tensor) -> Tensor:
+    """Quantiles of the normal distribution, [..., 256] for widths [...]."""
+    sizes = (1 << widths)[..., None]
+    quantiles = torch.special.ndtri((torch.arange(LEVELS).minimum(sizes - 1) + 0.5) / sizes)
+    return torch.where(sizes > 1, quantiles, 0.0)
+
+
+def make_identity_codec(key_widths: Sequence[int], value_widths: Sequence[int]) -> LayerCodec:
+    """One head whose latents are its dimensions and whose levels are the codes themselves: 3.0 is stored as 3."""
+    dim = GROUP * len(key_widths)
+    eye, zero = torch.eye(dim)[None], torch.zeros(1, dim)
+    levels = [
+        torch.arange(256.0).minimum((1 << torch.tensor(w)[None, :, None]) - 1) for w in (key_widths, value_widths)
+    ]
+    kinds = [KindCodec(zero, eye, eye, level, zero, torch.tensor([True])) for level in levels]
+    return LayerCodec(*kinds, LayerLayout((tuple(key_widths),), (tuple(value_widths),)), None)
+
+
+def make_tokens(codec: LayerCodec, count: int, seed: int = 0, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values [T, H, D] around the codec's means, and their positions."""
+    random = torch.Generator().manual_seed(seed)
+    positions = torch.arange(first, first + count)
+    noise = torch.randn(2, count, codec.num_kv_heads, codec.head_dim, generator=random)
+    return codec.offset("key", positions) + noise[0], codec.offset("value", positions) + noise[1], positions
+
+
+def make_artifact(codec: LayerCodec, group: int) -> Artifact:
+    """An artifact of one layer in memory, not checked."""
+    heads, dim, rotary = codec.num_kv_heads, codec.head_dim, codec.rotary
+    tensors = {"rotary.inv_freq": rotary.inv_freq} if rotary else {}
+    for kind in ("key", "value"):
+        half = getattr(codec, kind)
+        widths = [w for head in getattr(codec.layout, kind) for w in head]
+        parts = [row[: 1 << w] for row, w in zip(half.levels.flatten(0, 1), widths, strict=True) if w]
+        fields = {name: tensor[None] for name, tensor in vars(half).items()} | {"levels": torch.cat(parts)}
+        tensors |= {f"{kind}.{name}": tensor for name, tensor in fields.items()}
+    shape = ModelShape(
+        model_type="llama",
+        num_layers=1,
+        num_heads=heads * group,
+        num_kv_heads=heads,
+        head_dim=dim,
+        hidden_size=heads * group * dim,
+        vocab_size=17,
+        rope="null",
+    )
+    words = dict.fromkeys(("model", "text", "text_sha256", "fit", "requested", "created"), "-")
+    manifest = Manifest(
+        model=shape,
+        rotary=RotaryShape(pairs=len(rotary.inv_freq), interleaved=rotary.interleaved) if rotary else None,
+        layers=(LayerPlan(key=codec.layout.key, value=codec.layout.value),),
+        provenance=Provenance(**words, tokens=1, context=1, seed=0, versions={}),
+        quality=None,
+        tensors_sha256="0" * 64,
+    )
+    return Artifact(manifest, tensors, digest="0" * 64)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence: query [T, H * G, D] of its last tokens, key and value [S, H, D] of all, and the blocks it owns."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    blocks: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.arange(len(self.key))
+
+    def slots(self, block_size: int) -> Tensor:
+        return self.blocks[self.positions // block_size] * block_size + self.positions % block_size
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of several sequences over one paged memory, uint8 [B, C, N]."""
+
+    codec: LayerCodec
+    requests: list[Request]
+    pages: Tensor
+    scale: float = field(default=0.125)
+
+    @property
+    def query(self) -> Tensor:
+        return torch.cat([r.query for r in self.requests])
+
+    @property
+    def seq_lens(self) -> list[int]:
+        return [len(r.key) for r in self.requests]
+
+    @property
+    def query_start(self) -> list[int]:
+        return [0, *torch.tensor([len(r.query) for r in self.requests]).cumsum(0).tolist()]
+
+    @property
+    def block_table(self) -> Tensor:
+        """Wider than any sequence needs; the rest names a block that none of them owns, as stale entries do in vLLM."""
+        table = torch.full((len(self.requests), 2 + max(len(r.blocks) for r in self.requests)), 1, dtype=torch.int32)
+        for row, request in zip(table, self.requests, strict=True):
+            row[: len(request.blocks)] = request.blocks
+        return table
+
+    @property
+    def slots(self) -> Tensor:
+        return torch.cat([r.slots(self.pages.shape[2]) for r in self.requests])
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and positions of all that is stored, as `LayerCodec.encode` takes them."""
+        return tuple(torch.cat([getattr(r, name) for r in self.requests]) for name in ("key", "value", "positions"))
+
+    def pick(self, order: Sequence[int]) -> "Step":
+        return replace(self, requests=[self.requests[i] for i in order])
+
+    def foreign(self) -> Tensor:
+        """bool [B, N]: the slots that hold nothing of any sequence."""
+        owned = torch.zeros(self.pages.shape[0] * self.pages.shape[2], dtype=torch.bool)
+        owned[self.slots] = True
+        return ~owned.view(-1, self.pages.shape[2])
+
+    def store(self, engine: Engine) -> "Step":
+        engine.write(self.codec, *self.tokens, self.slots, self.pages)
+        return self
+
+    def attend(self, engine: Engine) -> Tensor:
+        return engine.attend(
+            self.codec, self.query, self.pages, self.block_table, self.query_start, self.seq_lens, self.scale
+        )
+
+    def oracle(self) -> Tensor:
+        """What `attend` must return, in float64."""
+        return torch.cat(
+            [
+                dense_attention(r.query, *self.codec.reconstruct(r.key, r.value, r.positions), self.scale)
+                for r in self.requests
+            ]
+        )
+
+
+def make_step(case: Case, codec: LayerCodec | None = None) -> Step:
+    """Random tokens in randomly placed blocks; 0 (vLLM's null block), 1 and 2 stay unused and every byte is a canary."""
+    codec = codec or case.codec()
+    random = torch.Generator().manual_seed(case.seed)
+    counts = [-(-stored // case.block) for _, stored in case.sequences]
+    shuffled = 3 + torch.randperm(sum(counts), generator=random)
+    requests = [
+        Request(
+            torch.randn(queries, case.heads * case.group, case.dim, generator=random),
+            *make_tokens(codec, stored, seed=case.seed + 101 * index)[:2],
+            blocks,
+        )
+        for index, ((queries, stored), blocks) in enumerate(zip(case.sequences, shuffled.split(counts), strict=True))
+    ]
+    pages = torch.full((3 + sum(counts), codec.layout.token_bytes, case.block), CANARY, dtype=torch.uint8)
+    return Step(codec, requests, pages, scale=case.dim**-0.5)
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T scale) v in float64, causal; the T queries [T, H * G, D] are the last of the S tokens."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.double().repeat_interleave(group, 1) for x in (key, value))
+    scores = torch.einsum("thd,shd->hts", query.double(), key) * scale
+    future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + len(key) - len(query))
+    return torch.einsum("hts,shd->thd", scores.masked_fill(future, -torch.inf).softmax(-1), value)
+
+
+def nearest_codes(codec: LayerCodec, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Second formulation of `LayerCodec.encode`, float64 and exhaustive: codes [T, R2], and each one's distance [T, R2]."""
+    codes, distances = [], []
+    for kind, x in (("key", key), ("value", value)):
+        half = getattr(codec, kind)
+        residual = (x - codec.offset(kind, positions)).double()
+        for head, widths in enumerate(getattr(codec.layout, kind)):
+            latents = residual[:, head] @ half.analysis[head].double().T
+            for group, width in enumerate(widths):
+                z = latents[:, GROUP * group : GROUP * (group + 1), None]
+                distance, code = (z - half.levels[head, group, : 1 << width].double()).abs().min(-1)
+                codes.append(code)
+                distances.append(distance)
+    return torch.cat(codes, 1), torch.cat(distances, 1)
+
+
+def packed_by_hand(layout: LayerLayout, codes: Sequence[int]) -> bytes:
+    """Second formulation of a token's bytes: one plane for each binary digit of the width, 8 latents filling its bits."""
+    packed, start = b"", 0
+    for width in (w for kind in (layout.key, layout.value) for head in kind for w in head):
+        group, low = codes[start : start + GROUP], 0
+        for bits in (bits for bits in (8, 4, 2, 1) if width & bits):
+            fields = [(code >> low) % (1 << bits) for code in group]
+            packed += sum(f << (i * bits) for i, f in enumerate(fields)).to_bytes(bits, "little")
+            low += bits
+        start += GROUP
+    return packed.ljust(layout.token_bytes, b"\0")
+
+
+def expect(condition: object, promise: str) -> None:
+    """Raise an `AssertionError` that no assertion inside the package can be taken for."""
+    if not condition:
+        raise AssertionError(f"broken promise: {promise}")
+
+
+def expect_close(actual: Tensor, expected: Tensor, limit: float, promise: str) -> None:
+    """Every difference is within `limit` of the largest number: float32 sums round relative to what they sum."""
+    error = ((actual.double() - expected.double()).abs().max() / expected.abs().max()).item()
+    expect(error <= limit, f"{promise} (off by {error:.2e}, limit {limit:.0e})")

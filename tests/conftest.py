@@ -1,0 +1,48 @@
+"""Session-wide fixtures: the real model, artifacts of it, and running servers. Each is made once, when first asked for."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from benchmarks.server import Server, running
+from calibration.models import default_model
+from calibration.pipeline import CalibrationConfig, calibrate
+
+# Servers of the tests are small: what they hold is a few thousand tokens.
+MEMORY = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """Directory of the real SmolLM2-135M-Instruct."""
+    return default_model()
+
+
+@pytest.fixture(scope="session")
+def smollm_artifact(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Path]:
+    """Artifacts of SmolLM2 by bits, measured once on few tokens: the tests here are not about quality."""
+    folder = tmp_path_factory.mktemp("artifacts")
+
+    def make(bits: float) -> Path:
+        out = folder / f"{bits:g}"
+        if not out.exists():
+            recipe = CalibrationConfig(bits=bits, tokens=4096)
+            calibrate(str(smollm), out, recipe, folder / "statistics.safetensors")
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Start servers that live until the module's tests are over: `start(command, **environment)`."""
+    folder = tmp_path_factory.mktemp("servers")
+    with ExitStack() as stack:
+
+        def begin(command: list[str], **environment: str) -> Server:
+            log = folder / f"{len(list(folder.iterdir()))}.log"
+            return stack.enter_context(running(command, log, MEMORY | environment))
+
+        yield begin

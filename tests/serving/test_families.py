@@ -1,0 +1,76 @@
+"""Other architectures and ways of serving, on tiny random models: the server computes what the Hugging Face path does."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.server import Server, kvsplice_command, vllm_command
+from calibration.models import load_model
+from calibration.pipeline import CalibrationConfig, calibrate
+from tests.models import TEXT, tiny_model, tiny_tokenizer
+from tests.serving.requests import ask, ask_all, hf_prompt_logprobs, largest_difference
+from vllm_kvsplice.artifact import load_artifact
+
+pytestmark = pytest.mark.server
+
+COMMON = ("--dtype", "float32", "--max-model-len", "384")
+EAGER = (*COMMON, "--enforce-eager")
+# Family -> options: what differs from the plain case is that case's name.
+CASES = {
+    "llama": (*COMMON, "--block-size", "16"),
+    "qwen3": EAGER,
+    "gpt2": EAGER,
+    "glm4": EAGER,
+    "gemma3": EAGER,
+    "mistral": (*EAGER, "--tensor-parallel-size", "2"),
+}
+NAMES = {"llama": "llama, compiled", "gemma3": "gemma3, sliding layers stock", "mistral": "mistral, two ranks"}
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    tokens = tiny_tokenizer()(TEXT[:20000]).input_ids
+    return [tokens[start : start + length] for start, length in ((0, 2), (50, 31), (300, 128), (700, 250))]
+
+
+@pytest.fixture
+def calibrated(tmp_path: Path) -> Callable[[str], Path]:
+    """A tiny model with its artifact inside, where the server looks for it."""
+
+    def make(family: str) -> Path:
+        model = tiny_model(family, tmp_path / family)
+        (tmp_path / "text.txt").write_text(TEXT)
+        recipe = CalibrationConfig(bits=4, text=str(tmp_path / "text.txt"), tokens=2048, context=128)
+        calibrate(str(model), model / "kvsplice", recipe)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("family", CASES, ids=lambda family: NAMES.get(family, family))
+def test_server_computes_what_the_hugging_face_path_does(
+    family: str, start: Callable[..., Server], calibrated: Callable[[str], Path], prompts: list[list[int]]
+) -> None:
+    path = calibrated(family)
+    server = start(kvsplice_command("serve", path, *CASES[family]))
+    assert "KVSplice is in use" in server.log.read_text()
+    model, _ = load_model(str(path), torch.float32)
+    artifact = load_artifact(path / "kvsplice")
+    for prompt in prompts:
+        expected = torch.tensor(hf_prompt_logprobs(model, prompt, artifact))
+        served = torch.tensor(ask(server, prompt, max_tokens=1).prompt_logprobs)
+        # The median, because a single flipped code of these 4-bit caches moves a few log-probabilities by more.
+        assert (served - expected).abs().median() < 1e-3
+        assert (served - expected).abs().max() < 0.2
+    for one, other in zip([ask(server, p) for p in prompts], ask_all(server, prompts), strict=True):
+        assert largest_difference(one, other) < 0.2
+
+
+def test_installed_but_not_asked_for_changes_nothing(
+    start: Callable[..., Server], calibrated: Callable[[str], Path]
+) -> None:
+    path = calibrated("llama")
+    log = start(vllm_command(path, *EAGER)).log.read_text()
+    assert "KVSplice" not in log

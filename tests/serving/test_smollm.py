@@ -1,0 +1,214 @@
+"""The real model on the real server, over HTTP: proof of use, agreement with stock vLLM, and path independence.
+
+Everything here runs in float32, where an answer that differs differs for a reason, and every check on a compressed server
+has the same check on a stock one beside it. Between two ways of computing the same answer log-probabilities may move by
+`SAME`: the last bit of a float32 matrix product can flip a code whose latent lies on a threshold.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from openai import OpenAI
+from transformers import AutoTokenizer
+
+from benchmarks.server import Server, kvsplice_command, vllm_command
+from calibration.models import load_model
+from tests.serving.requests import Answer, ask, ask_all, hf_prompt_logprobs, largest_difference
+from vllm_kvsplice.artifact import load_artifact
+
+pytestmark = [pytest.mark.server, pytest.mark.model]
+
+BLOCK = 32
+COMMON = ("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--block-size", str(BLOCK))
+# Chunks of 48 tokens, and so few blocks that requests in flight preempt each other.
+CRAMPED = (*COMMON, "--max-num-batched-tokens", "48", "--max-num-seqs", "16", "--num-gpu-blocks-override", "34")
+SAME = 0.05
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm: Path) -> list[list[int]]:
+    """Twenty prompts of the language reference; lengths sit on, before and after the edges of blocks."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    lengths = [BLOCK * blocks + edge for blocks in (1, 2, 3, 5, 7) for edge in (-1, 0, 1, 13)]
+    chosen = [key for key in sorted(topics) if len(topics[key]) > 2000][: len(lengths)]
+    return [tokenizer(topics[key]).input_ids[:length] for key, length in zip(chosen, lengths, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def stock(start: Callable[..., Server], smollm: Path) -> Server:
+    return start(vllm_command(smollm, *COMMON))
+
+
+@pytest.fixture(scope="module")
+def eight_bits(start: Callable[..., Server], smollm: Path, smollm_artifact: Callable[[float], Path]) -> Server:
+    return start(kvsplice_command("serve", smollm, smollm_artifact(8), *COMMON))
+
+
+@pytest.fixture(scope="module")
+def four_bits(start: Callable[..., Server], smollm: Path, smollm_artifact: Callable[[float], Path]) -> Server:
+    # The plain way, without `kvsplice serve`.
+    options = ("--attention-backend", "CUSTOM", "--additional-config")
+    config = f'{{"kvsplice": {{"artifact": "{smollm_artifact(4)}"}}}}'
+    return start(vllm_command(smollm, *COMMON, *options, config))
+
+
+@pytest.fixture(scope="module")
+def alone(four_bits: Server, prompts: list[list[int]]) -> list[Answer]:
+    """Every prompt's answer when the server has nothing else to do, nor any prefix to hit."""
+    return [ask(four_bits, prompt, cache_salt=f"alone {index}") for index, prompt in enumerate(prompts)]
+
+
+def test_every_layer_is_compressed_and_the_blocks_grow(
+    stock: Server, four_bits: Server, eight_bits: Server, smollm_artifact: Callable[[float], Path]
+) -> None:
+    assert re.search(
+        r"KVSplice is in use: artifact \w{12}, 30 layers compressed and 0 dense", four_bits.log.read_text()
+    )
+    assert "KVSplice" not in stock.log.read_text()
+    for server, bits in ((four_bits, 4), (eight_bits, 8)):
+        artifact = load_artifact(smollm_artifact(bits))
+        assert server.cache_tokens() == (1 << 30) // (BLOCK * artifact.bytes_per_token) * BLOCK
+    # float32 takes 32 bits an element on the stock server.
+    assert four_bits.cache_tokens() / stock.cache_tokens() >= 7.8
+
+
+def test_prompt_logprobs_are_those_of_this_artifact(
+    four_bits: Server, stock: Server, smollm: Path, smollm_artifact: Callable[[float], Path], prompts: list[list[int]]
+) -> None:
+    """The server computes what the Hugging Face path computes with the same artifact, and nothing else would pass."""
+    model, _ = load_model(str(smollm), torch.float32)
+    for prompt in prompts[:4] + prompts[-2:]:
+        expected = torch.tensor(hf_prompt_logprobs(model, prompt, load_artifact(smollm_artifact(4))))
+        served = torch.tensor(ask(four_bits, prompt, max_tokens=1).prompt_logprobs)
+        uncompressed = torch.tensor(ask(stock, prompt, max_tokens=1).prompt_logprobs)
+        assert (served - expected).abs().max() < SAME
+        assert (uncompressed - expected).abs().max() > 2 * SAME
+
+
+def test_eight_bits_answer_like_stock(stock: Server, eight_bits: Server, prompts: list[list[int]]) -> None:
+    agreed = total = 0
+    drift = []
+    for expected, given in zip(ask_all(stock, prompts), ask_all(eight_bits, prompts), strict=True):
+        drift += [abs(a - b) for a, b in zip(expected.prompt_logprobs, given.prompt_logprobs, strict=True)]
+        for index, (a, b) in enumerate(zip(expected.tokens, given.tokens, strict=True)):
+            # Where the two best tokens tie, either answer is right, and what follows cannot be compared.
+            if a != b and expected.logprobs[index] - expected.second[index] < 0.02:
+                break
+            total += 1
+            agreed += a == b
+            if a != b:
+                break
+    assert agreed / total >= 0.95
+    assert sum(drift) / len(drift) < 0.02
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["in order", "in reverse"])
+def test_batched_answers_equal_lone_ones(
+    four_bits: Server, alone: list[Answer], prompts: list[list[int]], order: int
+) -> None:
+    batched = ask_all(four_bits, prompts[:16][::order], cache_salt=f"batch {order}")[::order]
+    for one, other in zip(alone, batched, strict=False):
+        assert largest_difference(one, other) < SAME
+
+
+def test_prefix_hits_equal_misses(
+    four_bits: Server, stock: Server, alone: list[Answer], prompts: list[list[int]]
+) -> None:
+    for server, expected in ((stock, [ask(stock, p, cache_salt="first") for p in prompts]), (four_bits, alone)):
+        for prompt in prompts:
+            ask(server, prompt, max_tokens=1, cache_salt="shared")
+        before = server.metric("vllm:prefix_cache_hits_total")
+        # Log-probabilities of the prompt would make vLLM skip the cache, so only the answer is compared.
+        hits = [ask(server, prompt, cache_salt="shared", prompt_logprobs=None) for prompt in prompts]
+        assert server.metric("vllm:prefix_cache_hits_total") > before
+        for one, hit in zip(expected, hits, strict=True):
+            assert largest_difference(one.without_prompt(), hit) < SAME
+
+
+def test_prefixes_are_not_shared_across_salts(four_bits: Server, prompts: list[list[int]]) -> None:
+    ask(four_bits, prompts[-1], cache_salt="one", prompt_logprobs=None)
+    before = four_bits.metric("vllm:prefix_cache_hits_total")
+    ask(four_bits, prompts[-1], cache_salt="another", prompt_logprobs=None)
+    assert four_bits.metric("vllm:prefix_cache_hits_total") == before
+
+
+def test_chunked_and_preempted_answers_equal_whole_ones(
+    start: Callable[..., Server],
+    smollm: Path,
+    smollm_artifact: Callable[[float], Path],
+    alone: list[Answer],
+    prompts: list[list[int]],
+) -> None:
+    cramped = start(kvsplice_command("serve", smollm, smollm_artifact(4), *CRAMPED))
+    for one, chunked in zip(alone[::3], [ask(cramped, prompt) for prompt in prompts[::3]], strict=True):
+        assert largest_difference(one, chunked) < SAME
+    crowd = ask_all(cramped, prompts[-8:], prompt_logprobs=None, max_tokens=48)
+    assert cramped.metric("vllm:num_preemptions_total") > 0
+    for one, crowded in zip(alone[-8:], crowd, strict=True):
+        assert largest_difference(one.without_prompt(), crowded.first(len(one.tokens))) < SAME
+
+
+def test_bad_requests_are_refused_and_the_server_lives(
+    four_bits: Server, alone: list[Answer], prompts: list[list[int]]
+) -> None:
+    """F2 of reliability.md: what a client can send must never end the engine."""
+    limit = 1024
+    fine = {"prompt": prompts[0], "max_tokens": 1}
+    refused = [
+        {"prompt": []},
+        {"prompt": [1] * limit},
+        {"prompt": [1] * (limit + 1)},
+        {"prompt": [10**9]},
+        {"prompt": [-1]},
+        {**fine, "max_tokens": -1},
+        {**fine, "max_tokens": limit},
+        {**fine, "n": 0},
+        {**fine, "n": 10**6},
+        {**fine, "temperature": -1},
+        {**fine, "temperature": float("nan")},
+        {**fine, "top_p": 2},
+        {**fine, "top_k": -7},
+        {**fine, "logprobs": 10**4},
+        {**fine, "repetition_penalty": 0},
+        {**fine, "presence_penalty": 9},
+        {**fine, "stop": [""]},
+        {**fine, "prompt_logprobs": 10**4},
+        {**fine, "model": "nothing"},
+        {"prompt": "x" * 5_000_000},
+        {},
+    ]
+    accepted = [
+        fine,
+        {**fine, "prompt": [1]},
+        {"prompt": [1] * (limit - 1), "max_tokens": 1},
+        {**fine, "n": 3, "temperature": 1.0},
+        {**fine, "max_tokens": 4, "presence_penalty": 2, "frequency_penalty": 2, "repetition_penalty": 1.5},
+        {**fine, "prompt_logprobs": 5},
+        {**fine, "stop": ["e"], "max_tokens": 4},
+        {"prompt": "\ud83d\ude00 text \x00", "max_tokens": 2},
+        {"prompt": [prompts[0], prompts[1]], "max_tokens": 2},
+    ]
+    assert [four_bits.post("/v1/completions", body) // 100 for body in refused] == [4] * len(refused)
+    assert [four_bits.post("/v1/completions", body) for body in accepted] == [200] * len(accepted)
+    assert four_bits.post("/v1/completions", b"\xff\xfe not json") // 100 == 4
+    assert largest_difference(alone[0], ask(four_bits, prompts[0])) < SAME
+
+
+def test_cut_streams_leave_nothing_behind(four_bits: Server, prompts: list[list[int]]) -> None:
+    client = OpenAI(base_url=f"{four_bits.url}/v1", api_key="none")
+    name = client.models.list().data[0].id
+    for prompt in prompts[:8]:
+        stream = client.completions.create(model=name, prompt=prompt, max_tokens=400, stream=True)
+        next(iter(stream))
+        stream.close()
+    deadline = time.monotonic() + 20
+    while four_bits.metric("vllm:num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert four_bits.metric("vllm:num_requests_running") == 0
+    assert four_bits.metric("vllm:num_requests_waiting") == 0
+    assert four_bits.metric("vllm:kv_cache_usage_perc") == 0

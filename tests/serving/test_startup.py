@@ -1,0 +1,199 @@
+"""What a server refuses at start: one sentence with its reason, before any weight is loaded and any port is open."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+import vllm_kvsplice
+from benchmarks.server import kvsplice_command, vllm_command
+from calibration.pipeline import CalibrationConfig, calibrate
+from tests.models import TEXT, tiny_model
+from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.serving import plugin
+from vllm_kvsplice.serving.backend import KVSpliceBackend, KVSpliceImpl
+
+CUSTOM = "CUSTOM"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its artifact inside."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "text.txt").write_text(TEXT)
+    model = tiny_model("llama", folder / "model")
+    recipe = CalibrationConfig(bits=4, text=str(folder / "text.txt"), tokens=512, context=128)
+    calibrate(str(model), model / "kvsplice", recipe)
+    return model
+
+
+@pytest.fixture
+def configure(served: Path) -> Callable[..., Any]:
+    """vLLM's configuration for the tiny model under the given engine arguments."""
+    plugin.register()
+
+    def build(**options: Any) -> Any:
+        arguments = {"model": str(served), "attention_backend": CUSTOM, "max_model_len": 256, "dtype": "float32"}
+        return EngineArgs(**{**arguments, **options}).create_engine_config()
+
+    return build
+
+
+def test_the_digest_enters_the_configuration(configure: Callable[..., Any], served: Path) -> None:
+    section = configure().additional_config["kvsplice"]
+    assert section["digest"] == plugin.open_artifact(served / "kvsplice", None).digest
+    assert configure(additional_config={"other": 1}).additional_config["other"] == 1
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "speculative decoding",
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        "--speculative-config",
+    ),
+    (
+        "connector",
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "--kv-transfer-config",
+    ),
+    ("cache dtype", {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+    ("block size", {"block_size": 24}, "--block-size 24"),
+    ("ranks", {"tensor_parallel_size": 3}, "3 ranks|divisible"),
+    ("unknown setting", {"additional_config": {"kvsplice": {"artefact": "x"}}}, "kvsplice.artefact"),
+    ("unknown engine", {"additional_config": {"kvsplice": {"engine": "warp"}}}, "engine 'warp' is unknown"),
+    ("missing artifact", {"additional_config": {"kvsplice": {"artifact": "/nowhere"}}}, "kvsplice calibrate"),
+    (
+        "only half asked for",
+        {"attention_backend": None, "additional_config": {"kvsplice": {}}},
+        "--attention-backend CUSTOM",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_refusals_name_their_reason(configure: Callable[..., Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises((KVSpliceError, ValueError), match=message):
+        configure(**options)
+
+
+def test_another_model_s_artifact_is_refused(configure: Callable[..., Any], served: Path, tmp_path: Path) -> None:
+    other = tiny_model("llama", tmp_path / "other", num_hidden_layers=2)
+    section = {"kvsplice": {"artifact": str(served / "kvsplice")}}
+    with pytest.raises(KVSpliceError, match=r"another model.*num_layers 3 instead of 2.*kvsplice calibrate"):
+        configure(model=str(other), additional_config=section)
+
+
+def test_an_untested_vllm_is_refused_unless_allowed(
+    configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "vllm_version", lambda: "0.99.0")
+    with pytest.raises(KVSpliceError, match=r"vLLM 0\.99\.0 is untested"):
+        configure()
+    monkeypatch.setenv(plugin.UNTESTED_VARIABLE, "1")
+    configure()
+
+
+def test_nothing_changes_unless_asked_for(configure: Callable[..., Any]) -> None:
+    config = configure(attention_backend=None, additional_config={})
+    assert config.additional_config == {}
+    assert not plugin.selected(config)
+
+
+def test_registering_twice_wraps_once() -> None:
+    plugin.register()
+    before = type(current_platform).get_attn_backend_cls
+    vllm_kvsplice.register()
+    assert type(current_platform).get_attn_backend_cls == before
+    assert AttentionBackendEnum.CUSTOM.get_class() is KVSpliceBackend
+
+
+@pytest.mark.parametrize(
+    ("feature", "ours"), [({}, True), ({"has_sliding_window": True}, False), ({"attn_type": "encoder_only"}, False)]
+)
+def test_layers_it_does_not_cover_go_to_the_stock_backend(feature: dict[str, Any], ours: bool) -> None:
+    plugin.register()
+    selector = AttentionSelectorConfig(
+        head_size=64, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=None, **feature
+    )
+    chosen = current_platform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, selector, num_heads=9)
+    assert (chosen == plugin.BACKEND_PATH) is ours
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("alibi_slopes", [0.5]),
+        ("sliding_window", 64),
+        ("kv_cache_dtype", "fp8"),
+        ("logits_soft_cap", 30.0),
+        ("attn_type", "encoder"),
+        ("kv_sharing_target_layer_name", "layer.0"),
+        ("sinks", torch.zeros(4)),
+        ("something_new", 1),
+    ],
+)
+def test_attention_it_does_not_implement_is_refused(argument: str, value: object) -> None:
+    with pytest.raises(KVSpliceError, match="which KVSplice does not support"):
+        KVSpliceImpl(4, 32, 0.1, 2, **{argument: value})
+
+
+def test_permissive_defaults_are_narrowed() -> None:
+    assert not KVSpliceBackend.supports_kv_connector()
+    assert not KVSpliceBackend.supports_device_cpu_query_lens_mismatch()
+    assert not KVSpliceBackend.supports_sliding_window()
+    assert not KVSpliceBackend.supports_sink()
+    assert not KVSpliceBackend.supports_head_size(60)
+    assert not KVSpliceBackend.supports_block_size(24)
+    assert KVSpliceBackend.supports_kv_cache_dtype("fp8") is False
+    assert KVSpliceBackend.forward_includes_kv_cache_update is False
+
+
+def test_shape_is_read_the_same_with_and_without_vllm(configure: Callable[..., Any], served: Path) -> None:
+    plugin.open_artifact(served / "kvsplice", None).check_model(AutoConfig.from_pretrained(served))
+    plugin.open_artifact(served / "kvsplice", None).check_model(configure().model_config.hf_config)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    "command", [vllm_command, lambda model, *options: kvsplice_command("serve", model)], ids=["vllm", "kvsplice"]
+)
+def test_a_server_without_an_artifact_stops_with_one_sentence(
+    command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    model = tiny_model("llama", tmp_path / "model")
+    run = subprocess.run(
+        command(model, "--attention-backend", CUSTOM), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode != 0
+    last = run.stderr.strip().splitlines()[-1]
+    assert (
+        last
+        == f"kvsplice: no KVSplice artifact for {model}; make one with: kvsplice calibrate {model} --out {model}/kvsplice"
+    )
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("fault", ["left out", "broken"])
+def test_kvsplice_serve_never_serves_uncompressed(fault: str, served: Path, tmp_path: Path) -> None:
+    """vLLM logs a plugin that does not load and goes on without; `kvsplice serve` must not."""
+    environment = dict(os.environ)
+    if fault == "left out":
+        environment["VLLM_PLUGINS"] = "something_else"
+    else:
+        (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['vllm_kvsplice.serving.plugin'] = None\n")
+        environment["PYTHONPATH"] = str(tmp_path)
+    run = subprocess.run(
+        kvsplice_command("serve", served), capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1].startswith("kvsplice: ")
