@@ -116,12 +116,15 @@ def rotary_of(model: PreTrainedModel) -> Rotary | None:
     inv_freq = _inverse_frequencies(model)
     if inv_freq is None:
         return None
-    shift = 7
+    # Far, because the slowest pairs hardly turn over a few positions.
+    shift = config.max_position_embeddings // 2
     positions = torch.arange(16, device=model.device)[None]
     # From the middle of the vocabulary: special tokens at its start make activations that bfloat16 cannot hold.
     tokens = (config.vocab_size // 2 + positions) % config.vocab_size
     plain = _keys_at(model, tokens, positions)
     shifted = _keys_at(model, tokens, positions + shift)
+    if not plain:
+        raise KVSpliceError(f"{type(model).__name__} has no full-attention layer whose cache could be compressed")
     candidates = [Rotary(inv_freq, interleaved) for interleaved in (False, True)]
     errors = [_rotation_errors(rotary, plain, shifted, shift) for rotary in candidates]
     rotary, error = min(zip(candidates, errors, strict=True), key=lambda pair: max(pair[1].values()))

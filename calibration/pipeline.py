@@ -5,7 +5,7 @@ import importlib.metadata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import yaml
@@ -38,6 +38,7 @@ from vllm_kvsplice.rotary import Rotary
 
 # Held-out windows behind the quality that an artifact carries; `kvsplice eval` measures more.
 QUALITY_WINDOWS = 2
+DEFAULT_BITS = 4.0
 PACKAGES = ("vllm-kvsplice", "torch", "transformers")
 
 console = Console(stderr=True)
@@ -60,13 +61,15 @@ class CalibrationConfig(BaseModel):
     text: str = "pydoc"
     tokens: int = Field(default=16384, ge=256)
     context: int = Field(default=1024, ge=16)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
 
-    @model_validator(mode="after")
-    def _one_size(self) -> Self:
-        if self.bits is not None and self.budget is not None:
+    @model_validator(mode="before")
+    @classmethod
+    def _one_size(cls, settings: Any) -> Any:
+        sizes = [name for name in ("bits", "budget") if settings.get(name) is not None]
+        if len(sizes) == 2:
             raise ValueError("give bits or budget, not both")
-        return self if self.bits is not None or self.budget is not None else self.model_copy(update={"bits": 4.0})
+        return settings if sizes else {**settings, "bits": DEFAULT_BITS}
 
     @property
     def requested(self) -> str:
@@ -113,8 +116,12 @@ def calibrate(model_name: str, out: Path, config: CalibrationConfig, statistics_
     shape = ModelShape.of(model.config)
     if shape.head_dim % GROUP:
         raise KVSpliceError(f"head size {shape.head_dim} is not a multiple of {GROUP} and cannot be compressed")
+    longest = model.config.get_text_config().max_position_embeddings
+    if config.context > longest:
+        raise KVSpliceError(f"windows of {config.context} tokens exceed the {longest} the model reads; lower --context")
     rotary = rotary_of(model)
     windows = calibration_windows(tokenizer, corpus.fit, max(1, config.tokens // config.context), config.context)
+    held_out = token_windows(tokenizer, corpus.held_out, QUALITY_WINDOWS, config.context)
     statistics = _measure(model, windows, rotary, config.seed, statistics_file)
     with console.status("Fitting the codec"):
         codec = fit.fit_pca(statistics, lambda distortion: _plan(distortion, config, shape, statistics.layers))
@@ -129,7 +136,6 @@ def calibrate(model_name: str, out: Path, config: CalibrationConfig, statistics_
         ),
         codec.tensors | ({"rotary.inv_freq": rotary.inv_freq} if rotary else {}),
     )
-    held_out = token_windows(tokenizer, corpus.held_out, QUALITY_WINDOWS, windows.shape[1])
     return save_artifact(artifact.with_quality(_judge(model_name, artifact, held_out)), out)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH, TOKEN_ALIGNMENT
 
 
@@ -42,14 +43,14 @@ def plan_budget(distortion: Tensor, budget_bytes: int) -> Plan:
         budget_bytes: bytes per token over all L layers.
 
     Raises:
-        ValueError: the budget is below one 16-byte step per layer or above 8 bits everywhere.
+        KVSpliceError: the budget is below one 16-byte step per layer or above 8 bits everywhere.
 
     """
     kinds, layers, heads, groups, _ = distortion.shape
     per_layer = distortion.transpose(0, 1).reshape(layers, kinds * heads * groups, MAX_WIDTH + 1)
     largest = per_layer.shape[1] * MAX_WIDTH
     if not layers * TOKEN_ALIGNMENT <= budget_bytes <= layers * largest:
-        raise ValueError(
+        raise KVSpliceError(
             f"a budget of {budget_bytes} bytes per token is outside {layers * TOKEN_ALIGNMENT}..{layers * largest} "
             f"for {layers} layers; choose --bits between 1.5 and 8"
         )

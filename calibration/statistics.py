@@ -97,16 +97,16 @@ def collect(
         progress: called after every window.
 
     Raises:
-        ValueError: a layer saw no token, or a measurement is not finite.
+        KVSpliceError: a measurement is not finite.
 
     """
     generator = torch.Generator().manual_seed(seed)
     ordinary = torch.arange(FIRST_ORDINARY, windows.shape[1])
-    per_window = min(len(ordinary), -(-SAMPLES // len(windows)))
     sums: dict[int, tuple[_Running, _Running]] = {}
     sampled_at: list[Tensor] = []
-    for window in windows:
-        chosen = ordinary[torch.randperm(len(ordinary), generator=generator)[:per_window]]
+    for index, window in enumerate(windows):
+        quota = (index + 1) * SAMPLES // len(windows) - index * SAMPLES // len(windows)
+        chosen = ordinary[torch.randperm(len(ordinary), generator=generator)[:quota]]
         sampled_at.append(chosen)
         for layer, (key, value) in _keys_values_and_gradients(model, window).items():
             if layer not in sums:
@@ -115,8 +115,6 @@ def collect(
             key_sums.add(key, ordinary, chosen, rotary)
             value_sums.add(value, ordinary, chosen, None)
         progress()
-    if not sums:
-        raise ValueError("the model has no full-attention layer whose keys and values could be measured")
     count = len(windows) * len(ordinary)
     sinks = _sinks(model, windows, generator)
     layers = tuple(sorted(sums))
@@ -180,8 +178,8 @@ def _finish(running: list[_Running], sinks: list[Tensor], count: int) -> KindSta
     )
     for name, tensor in vars(statistics).items():
         if not tensor.isfinite().all():
-            raise ValueError(
-                f"the model produced values that are not finite (found in {name}); is the checkpoint sound?"
+            raise KVSpliceError(
+                f"the model produced {name} values that are not finite; check that it generates sound text at all"
             )
     return statistics
 
@@ -202,7 +200,7 @@ def fingerprint(model: PreTrainedModel, windows: Tensor, seed: int) -> str:
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    digest.update(windows.numpy().tobytes())
+    digest.update(str(tuple(windows.shape)).encode() + windows.numpy().tobytes())
     digest.update(str(seed).encode())
     return digest.hexdigest()
 

@@ -74,7 +74,7 @@ def _read_file(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".jsonl":
             return text
-        return "\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+        return "\n".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
     except UnicodeDecodeError as error:
         raise KVSpliceError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -127,7 +127,10 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: str, count: in
     if tokenizer.chat_template is None:
         return windows
     for index in range(CHAT_EVERY - 1, len(windows), CHAT_EVERY):
-        windows[index] = _as_conversation(tokenizer, str(tokenizer.decode(windows[index])), context)
+        conversation = _as_conversation(tokenizer, str(tokenizer.decode(windows[index])), context)
+        # Text of little but white space shrinks below a window: leave that window as it is.
+        if len(conversation) == context:
+            windows[index] = conversation
     return windows
 
 

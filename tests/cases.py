@@ -1,6 +1,7 @@
 """What the tests share: shapes, random codecs, paged memory, second formulations. Letters as in `vllm_kvsplice`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -341,6 +342,17 @@ def packed_by_hand(layout: LayerLayout, codes: Sequence[int]) -> bytes:
             low += bits
         start += GROUP
     return packed.ljust(layout.token_bytes, b"\0")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run torch on `count` threads: one is five times faster on small tensors where other processes compete for cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def expect(condition: object, promise: str) -> None:

@@ -2,11 +2,11 @@
 
 from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from pydoc_data.topics import topics
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -33,6 +33,10 @@ _SIZES = {
 }
 
 
+# Stands for a setting that an architecture does not know.
+OMITTED = object()
+
+
 class Family(NamedTuple):
     """An architecture: its configuration class, its own settings, and what calibration must find out about it.
 
@@ -51,7 +55,7 @@ FAMILIES = {
     "qwen2": Family("Qwen2Config", {}),
     "qwen3": Family("Qwen3Config", {"head_dim": 32}),
     "mistral": Family("MistralConfig", {"head_dim": 32, "sliding_window": None}),
-    "gpt2": Family("GPT2Config", {"n_inner": 192}, pairs=0),
+    "gpt2": Family("GPT2Config", {"num_key_value_heads": OMITTED, "n_inner": 192}, pairs=0),
     "stablelm": Family("StableLmConfig", {"partial_rotary_factor": 0.25, "use_qkv_bias": True}, pairs=4),
     "glm4": Family("Glm4Config", {"head_dim": 32, "partial_rotary_factor": 0.5}, pairs=8, interleaved=True),
     "gemma3": Family(
@@ -73,7 +77,8 @@ def tiny_model(family: str, directory: Path, **overrides: Any) -> Path:
     `overrides` replace settings of the Hugging Face configuration, such as ``rope_parameters``.
     """
     made = FAMILIES[family]
-    config: PreTrainedConfig = getattr(transformers, made.config)(**_SIZES | made.settings | overrides)
+    settings = {name: value for name, value in (_SIZES | made.settings | overrides).items() if value is not OMITTED}
+    config: PreTrainedConfig = getattr(transformers, made.config)(**settings)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -24,6 +24,7 @@ from tests.cases import (
     make_tokens,
     nearest_codes,
     packed_by_hand,
+    threads,
 )
 from vllm_kvsplice import layout as layout_module
 from vllm_kvsplice.artifact import heads_of_rank
@@ -40,6 +41,12 @@ CODECS = [
 LIMIT = 1e-6
 
 every_codec = pytest.mark.parametrize("codec", [pytest.param(case.codec(), id=case.codec_id) for case in CODECS])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threads(1):
+        yield
 
 
 def random_codes(codec: LayerCodec, count: int, seed: int) -> Tensor:

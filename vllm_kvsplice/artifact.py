@@ -42,7 +42,7 @@ Width = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelShape(_Strict):
@@ -61,6 +61,10 @@ class ModelShape(_Strict):
     def of(cls, config: Any) -> "ModelShape":
         """The shape in a Hugging Face model configuration (of the text part, if it has several)."""
         config = config.get_text_config()
+        if not getattr(config, "num_attention_heads", None):
+            raise ArtifactError(
+                f"a model of type {config.model_type} has no attention heads whose cache could be compressed"
+            )
         rope = getattr(config, "rope_parameters", None)
         return cls(
             model_type=config.model_type,
@@ -288,12 +292,22 @@ def save_artifact(artifact: Artifact, directory: Path) -> Artifact:
         (staging / "new").mkdir()
         for name, content in zip((MANIFEST, TENSORS), _serialise(artifact.manifest, artifact.tensors), strict=True):
             (staging / "new" / name).write_bytes(content)
-        if directory.exists():
-            directory.rename(staging / "old")
-        (staging / "new").rename(directory)
+        _swap(staging / "new", directory, staging / "old")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return artifact
+
+
+def _swap(new: Path, directory: Path, old: Path) -> None:
+    """Put `new` in the place of `directory`, or leave everything as it was."""
+    if directory.exists():
+        directory.rename(old)
+    try:
+        new.rename(directory)
+    except BaseException:
+        if old.exists():
+            old.rename(directory)
+        raise
 
 
 def check_target(directory: Path) -> None:
@@ -310,7 +324,7 @@ def load_artifact(directory: Path | str) -> Artifact:
 
     """
     root = Path(directory)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise ArtifactError(f"there is no artifact at {root}; make one with: kvsplice calibrate MODEL --out {root}")
     try:
         return parse_artifact(_read(root, MANIFEST, MANIFEST_LIMIT), _read(root, TENSORS, TENSORS_LIMIT))
@@ -351,9 +365,8 @@ def _read(root: Path, name: str, limit: int) -> bytes:
         resolved = path.resolve(strict=True)
         if not any(resolved.is_relative_to(folder) for folder in allowed):
             raise ArtifactError(f"{name} is a link out of the artifact")
-        descriptor = os.open(resolved, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
+        with open(resolved, "rb", opener=_open_as_is) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ArtifactError(f"{name} is not a regular file")
             if status.st_size > limit:
@@ -363,6 +376,11 @@ def _read(root: Path, name: str, limit: int) -> bytes:
         raise ArtifactError(f"{name} is missing") from None
     except (OSError, RuntimeError) as error:
         raise ArtifactError(f"{name} cannot be read ({error})") from error
+
+
+def _open_as_is(path: str, flags: int) -> int:
+    """Neither follow a link that has just appeared nor wait for whoever writes into a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _parse_manifest(text: bytes) -> Manifest:
@@ -376,21 +394,27 @@ def _parse_manifest(text: bytes) -> Manifest:
 
     try:
         raw = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{MANIFEST} is not JSON ({error})") from error
     if not isinstance(raw, dict) or raw.get("format") != "kvsplice":
         raise ArtifactError(f'{MANIFEST} is not a KVSplice manifest ("format" is not "kvsplice")')
-    if raw.get("version") != VERSION:
-        raise ArtifactError(f"format version {raw.get('version')!r} is not {VERSION}, the one this package reads")
+    version = raw.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ArtifactError(f"format version {_shown(version)} is not {VERSION}, the one this package reads")
     try:
         # Through JSON again because only there does pydantic's strict mode take lists for tuples.
         manifest = Manifest.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the top level"
-        raise ArtifactError(f"{MANIFEST} is wrong at {where}: {first['msg']}") from error
+        raise ArtifactError(f"{MANIFEST} is wrong at {_shown(where)}: {_shown(first['msg'])}") from error
     _check_plan(manifest)
     return manifest
+
+
+def _shown(found: object) -> str:
+    """Something from a file nobody vouches for, fit to print: one short line without control characters."""
+    return str(found)[:100].encode("unicode_escape").decode()
 
 
 def _check_plan(manifest: Manifest) -> None:
@@ -399,8 +423,10 @@ def _check_plan(manifest: Manifest) -> None:
         raise ArtifactError(
             f"{shape.num_heads} heads, {shape.num_kv_heads} KV heads of {shape.head_dim} dimensions do not fit together"
         )
-    if len(manifest.layers) != shape.num_layers or not any(manifest.layers):
+    if len(manifest.layers) != shape.num_layers:
         raise ArtifactError(f"it plans {len(manifest.layers)} layers, the model has {shape.num_layers}")
+    if not any(manifest.layers):
+        raise ArtifactError(f"none of its {shape.num_layers} layers is compressed")
     if manifest.rotary and 2 * manifest.rotary.pairs > shape.head_dim:
         raise ArtifactError(f"{manifest.rotary.pairs} rotary pairs do not fit {shape.head_dim} dimensions")
     for index, layer in enumerate(manifest.layers):
@@ -417,16 +443,23 @@ def _check_header(blob: bytes, expected: Mapping[str, tuple[int, ...]]) -> None:
     (size,) = struct.unpack("<Q", blob[:8])
     if size > min(HEADER_LIMIT, len(blob) - 8):
         raise ArtifactError(f"{TENSORS} has a header of {size} bytes, more than there can be")
+    if blob[8:9] != b"{":
+        raise ArtifactError(f"{TENSORS} has a header that is no JSON object")
     try:
         header = json.loads(blob[8 : 8 + size].decode(), object_pairs_hook=_unique_tensors)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{TENSORS} has no readable header ({error})") from error
     if not isinstance(header, dict) or set(header) != set(expected):
         raise ArtifactError(f"{TENSORS} does not hold exactly the tensors that the plan calls for")
     total = 0
     for name, shape in expected.items():
         entry = header[name]
-        if not isinstance(entry, dict) or entry.get("dtype") != "F32" or entry.get("shape") != list(shape):
+        fields = {"dtype", "shape", "data_offsets"}
+        if (
+            not isinstance(entry, dict)
+            or set(entry) != fields
+            or (entry["dtype"], entry["shape"]) != ("F32", list(shape))
+        ):
             raise ArtifactError(f"tensor {name} is not float32 of shape {list(shape)}")
         total += 4 * prod(shape)
     if len(blob) != 8 + size + total:

@@ -24,7 +24,8 @@ app = typer.Typer(
     help="Compress the KV cache of vLLM: calibrate a model once, then serve it with 4-5x more tokens in the same memory.",
     epilog="Start with: `kvsplice calibrate MODEL --out MODEL/kvsplice`, then `kvsplice serve MODEL MODEL/kvsplice`.",
 )
-console = Console()
+# Names of files and models are not markup.
+console = Console(markup=False)
 
 
 class Mode(StrEnum):
@@ -62,6 +63,7 @@ def calibrate(
     config: Annotated[
         Optional[Path], typer.Option(help="A recipe like those in configs/; options override it.")
     ] = None,
+    context: Annotated[Optional[int], typer.Option(help="Tokens per window of text.  [default: 1024]")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of all sampling.  [default: 0]")] = None,
     statistics: Annotated[
         Optional[Path], typer.Option(help="Keep the measurements in this file, and use them again if they still fit.")
@@ -79,7 +81,7 @@ def calibrate(
     from calibration.pipeline import read_config
     from vllm_kvsplice.artifact import check_target
 
-    recipe = read_config(config, text=text, tokens=tokens, bits=bits, budget=budget, seed=seed)
+    recipe = read_config(config, text=text, tokens=tokens, bits=bits, budget=budget, context=context, seed=seed)
     check_target(out)
     artifact = run(model, out, recipe, statistics)
     _print_summary(artifact, f"Wrote {out}")

@@ -25,8 +25,11 @@ class Rotary:
 
     inv_freq: Tensor
     interleaved: bool = False
-    _cos: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32), repr=False)
-    _sin: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32), repr=False)
+    _cos: Tensor = field(init=False, repr=False)
+    _sin: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._cos = self._sin = self.inv_freq.new_empty(0, len(self.inv_freq))
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """R(positions) x.

@@ -1,5 +1,7 @@
 """Transforms, codebooks and sinks of the closed-form codec, against their definitions and published optima."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -199,7 +201,7 @@ class TestLloydMax:
         histogram = (SHAPES | DEGENERATE)[shape]
         left = [float(lloyd_max(histogram, width)[1]) for width in range(MAX_WIDTH + 1)]
         within_a_bin = float(histogram.sum()) / PER_UNIT**2
-        assert all(more <= less + within_a_bin for less, more in zip(left, left[1:], strict=False))
+        assert all(more <= less + within_a_bin for less, more in pairwise(left))
 
     @settings(max_examples=30, deadline=None)
     @given(st.lists(st.floats(-30, 30), min_size=1, max_size=40), st.integers(0, MAX_WIDTH))
@@ -262,6 +264,17 @@ class TestSinks:
         sink, coded = self.with_sink(fitted, away[:, :, None] + statistics.residual[:, :, :2000].float())
         assert coded.all()
         assert (sink - away).abs().max() < 1
+
+    def test_codebook_that_fits_around_the_ordinary_mean_is_used_there(self):
+        levels = torch.tensor([-1.2, -0.8, 0.8, 1.2]).repeat_interleave(torch.tensor([1, 1, 1, LEVELS - 3]))
+        transform = Transform(torch.eye(8)[None, None], torch.eye(8)[None, None], torch.ones(1, 1, 8))
+        mean = torch.full((1, 1, 8), 3.0)
+        # All of them on two of the levels around the mean; their own mean lies between those.
+        sink = mean[:, :, None] + torch.tensor([0.8, 1.2]).repeat(16)[:, None].expand(1, 1, -1, 8)
+        nothing = torch.empty(0)
+        chosen, coded = fit_sinks(KindStatistics(mean, nothing, nothing, sink), transform, levels.view(1, 1, 1, -1))
+        assert coded.all()
+        assert torch.equal(chosen, mean)
 
     def test_each_head_is_decided_on_its_own(self, fitted):
         statistics, _, _ = fitted

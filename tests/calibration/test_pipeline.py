@@ -188,13 +188,13 @@ def refuse_to_measure(*args: object, **options: object) -> None:
 
 
 class TestBudget:
-    @pytest.mark.parametrize("family", ["llama", "gemma3"])
-    def test_budget_in_bytes_pays_for_dense_layers_first(self, family, recipe, tmp_path):
+    # A token of a dense layer takes 256 bytes, of all compressed ones at most 128 each.
+    @pytest.mark.parametrize(("family", "budget"), [("llama", 250), ("gemma3", 500)])
+    def test_budget_in_bytes_pays_for_dense_layers_first(self, family, budget, recipe, tmp_path):
         model = tiny_model(family, tmp_path / "model")
-        budget = 500
         artifact = calibrate(str(model), tmp_path / "out", in_bytes(recipe, budget))
         assert budget - TOKEN_ALIGNMENT < artifact.bytes_per_token <= budget
-        assert artifact.manifest.provenance.requested == "500 bytes per token"
+        assert artifact.manifest.provenance.requested == f"{budget} bytes per token"
 
     @pytest.mark.parametrize("budget", [1, 40, 100_000])
     def test_impossible_budget_is_the_users_mistake(self, budget, llama, recipe, tmp_path):
@@ -226,7 +226,7 @@ class TestRefusals:
             calibrate(str(llama), tmp_path / "out", recipe)
 
     def test_windows_longer_than_a_model_with_learned_positions_reads(self, recipe, tmp_path):
-        model = tiny_model("gpt2", tmp_path / "model", n_positions=48)
+        model = tiny_model("gpt2", tmp_path / "model", max_position_embeddings=48)
         with pytest.raises(KVSpliceError, match="48"):
             calibrate(str(model), tmp_path / "out", recipe)
 

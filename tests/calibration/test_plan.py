@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calibration.plan import Plan, budget_for_bits, plan_budget
+from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH, TOKEN_ALIGNMENT, LayerLayout
 
 SHAPES = [(2, 1, 1, 8), (2, 3, 2, 4), (2, 5, 3, 8), (2, 2, 1, 12)]
@@ -57,7 +58,8 @@ def test_budget_is_kept_and_filled_in_whole_steps_of_16_bytes(instance):
     distortion, budget = instance
     plan = plan_budget(distortion, budget)
     assert plan.widths.shape == distortion.shape[:-1]
-    assert 0 <= plan.widths.min() and plan.widths.max() <= MAX_WIDTH
+    assert plan.widths.min() >= 0
+    assert plan.widths.max() <= MAX_WIDTH
     assert all(size >= TOKEN_ALIGNMENT and size % TOKEN_ALIGNMENT == 0 for size in layer_bytes(plan))
     assert plan.bytes_per_token == sum(layer_bytes(plan))
     assert budget - TOKEN_ALIGNMENT < plan.bytes_per_token <= budget
@@ -115,6 +117,14 @@ def test_bits_go_where_they_count():
     assert (plan.widths[1, :, 1, 3] == 0).all()
 
 
+def test_bit_that_pays_only_with_the_next_is_not_bought_on_its_own():
+    distortion = torch.linspace(4, 0, MAX_WIDTH + 1).expand(2, 1, 1, 2, -1).clone()
+    distortion[0, 0, 0, 0] = torch.tensor([9.0, 9.0] + [0.0] * 7)
+    plan = plan_budget(distortion, TOKEN_ALIGNMENT)
+    assert plan.widths[0, 0, 0, 0] != 1
+    assert plan.distortion <= 9 + 12 - 16 * 0.5
+
+
 @pytest.mark.parametrize("shape", [(2, 30, 3, 8), (2, 3, 2, 4), (2, 2, 8, 16), (2, 1, 1, 8)], ids=str)
 def test_every_average_from_one_and_a_half_to_eight_bits_works(shape):
     distortion, groups = convex(shape, 0), torch.Size(shape).numel()
@@ -143,5 +153,5 @@ def test_budget_outside_the_possible_is_refused_with_the_range(beyond):
     shape = (2, 3, 2, 4)
     smallest, largest = limits(shape)
     budget = smallest - 1 if beyond < 0 else largest + 1
-    with pytest.raises(ValueError, match=rf"{budget} bytes .* outside {smallest}\.\.{largest}"):
+    with pytest.raises(KVSpliceError, match=rf"{budget} bytes .* outside {smallest}\.\.{largest}"):
         plan_budget(convex(shape, 0), budget)

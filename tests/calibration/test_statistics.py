@@ -208,7 +208,7 @@ def test_model_that_computes_nonsense_is_refused(llama):
     model, windows = llama
     rotary = rotary_of(model)
     model.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
-    with pytest.raises((KVSpliceError, ValueError), match="not finite"):
+    with pytest.raises(KVSpliceError, match="not finite"):
         collect(model, windows, rotary, progress=lambda: None)
 
 

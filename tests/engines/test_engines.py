@@ -31,6 +31,7 @@ from tests.cases import (
     make_tokens,
     packed_by_hand,
     random_case,
+    threads,
 )
 from vllm_kvsplice import artifact as artifact_module
 from vllm_kvsplice.codec import LayerCodec
@@ -48,6 +49,12 @@ STEP = Case(MIXED)
 @pytest.fixture(params=sorted(ENGINES))
 def engine(request) -> Engine:
     return get_engine(request.param)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threads(1):
+        yield
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -165,6 +172,9 @@ RESIDUES = [
 ]
 
 
+LARGE = Case(((1, 257), (129, 257), (1, 1), (64, 64), (1, 300)), heads=3, dim=64)
+
+
 @pytest.mark.parametrize("case", SHAPES + RESIDUES, ids=str)
 def test_attention_equals_dense_attention_over_what_the_codec_restores(engine, case):
     check_attention(engine, case)
@@ -251,6 +261,15 @@ def test_slices_of_a_fused_projection_are_read_where_they_lie(engine):
     engine.write(step.codec, sliced_key, sliced_value, positions, step.slots, step.pages)
     output = engine.attend(step.codec, query, step.pages, step.block_table, step.query_start, step.seq_lens, step.scale)
     assert torch.equal(output, replace(step, pages=step.pages.clone()).store(engine).attend(engine))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_bytes_and_output_do_not_depend_on_the_number_of_threads(engine, count):
+    alone, together = make_step(LARGE), make_step(LARGE)
+    output = alone.store(engine).attend(engine)
+    with threads(count):
+        expect_close(together.store(engine).attend(engine), output, ORDER_LIMIT, "threads give the same output")
+    assert torch.equal(together.pages, alone.pages)
 
 
 def test_rows_past_the_last_query_are_ignored(engine):

@@ -1,4 +1,4 @@
-"""The reference engine: plain float32 torch, the specification that every other engine is tested against.
+"""The reference engine: plain torch, the specification that every other engine is tested against.
 
 Attention happens in the latent space. With key j decoded as m_K(j) + D_K z_j and value j as m_V + D_V y_j (docs/codec.md):
 
@@ -6,6 +6,9 @@ Attention happens in the latent space. With key j decoded as m_K(j) + D_K z_j an
     output  = sum_j p_j m_V(j) + D_V sum_j p_j y_j       D_V is applied once, after the sum
 
 Position 0 has the sink in place of its mean, and no code where the sink replaces it.
+
+Everything is summed in float64 and rounded once, so that an answer hardly depends on what else is in the batch: a last bit
+that differs in one layer's output can flip a code in the next, and from there the difference grows (docs/codec.md).
 
 Names: T tokens of the step, S sequences, H KV heads, G query heads per KV head, D head dimensions, R2 = 2 * H * D
 latents, pages uint8 [B blocks, C bytes per token, N tokens per block].
@@ -18,6 +21,9 @@ import torch
 from torch import Tensor
 
 from vllm_kvsplice.codec import LayerCodec
+
+# Query rows attended at once, which bounds the memory that scores take.
+_QUERY_ROWS = 128
 
 
 def write(codec: LayerCodec, key: Tensor, value: Tensor, positions: Tensor, slots: Tensor, pages: Tensor) -> None:
@@ -78,23 +84,31 @@ def _attend_batch(
     codec: LayerCodec, query: Tensor, pages: Tensor, block_table: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
     """`attend` for sequences with the same number of queries Q: [S, Q, H * G, D]."""
-    heads, dim = codec.num_kv_heads, codec.head_dim
     context = int(lengths.max())
     keys, values = _latents(codec, pages, block_table, lengths, context)
-    query = query.unflatten(2, (heads, -1))
-    positions = torch.arange(context, device=query.device)
+    mean_keys = codec.offset("key", torch.arange(context, device=query.device)).double()
+    last = lengths[:, None] - query.shape[1] + torch.arange(query.shape[1], device=query.device)
+    rows = zip(query.split(_QUERY_ROWS, 1), last.split(_QUERY_ROWS, 1), strict=True)
+    return torch.cat([_attend_rows(codec, q, keys, values, mean_keys, at, scale) for q, at in rows], 1)
 
-    absorbed = torch.einsum("sqhgd,hdr->sqhgr", query, codec.key.synthesis)
+
+def _attend_rows(
+    codec: LayerCodec, query: Tensor, keys: Tensor, values: Tensor, mean_keys: Tensor, last: Tensor, scale: float
+) -> Tensor:
+    """Queries [S, Q, H * G, D] that see positions up to `last` [S, Q]; latents as `_latents` gives them."""
+    query = query.unflatten(2, (codec.num_kv_heads, -1)).double()
+    absorbed = torch.einsum("sqhgd,hdr->sqhgr", query, codec.key.synthesis.double())
     scores = torch.einsum("sqhgr,shrc->shgqc", absorbed, keys)
-    scores += torch.einsum("sqhgd,chd->shgqc", query, codec.offset("key", positions))
-    first = lengths[:, None] - query.shape[1] + torch.arange(query.shape[1], device=query.device)
-    visible = positions <= first[..., None]
+    scores += torch.einsum("sqhgd,chd->shgqc", query, mean_keys)
+    visible = torch.arange(keys.shape[-1], device=query.device) <= last[..., None]
     probability = (scores * scale).masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
 
     latent = torch.einsum("shgqc,shrc->sqhgr", probability, values)
-    output = torch.einsum("sqhgr,hdr->sqhgd", latent, codec.value.synthesis)
-    output += torch.einsum("shgqc,chd->sqhgd", probability, codec.offset("value", positions))
-    return output.reshape(*output.shape[:2], -1, dim)
+    output = torch.einsum("sqhgr,hdr->sqhgd", latent, codec.value.synthesis.double())
+    # sum_j p_j m_V(j), where m_V is the mean everywhere but at position 0.
+    on_sink = probability[..., :1].movedim(3, 1)
+    output += codec.value.mean[:, None] + on_sink * (codec.value.sink - codec.value.mean)[:, None]
+    return output.flatten(2, 3).float()
 
 
 def _latents(
@@ -112,4 +126,4 @@ def _latents(
     latents = latents * written[:, None, None]
     coded = torch.stack((codec.key.sink_coded, codec.value.sink_coded))
     latents[..., 0] *= coded[:, None, :, None]
-    return latents[0], latents[1]
+    return latents[0].double(), latents[1].double()
