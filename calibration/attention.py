@@ -10,6 +10,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vllm_kvsplice.errors import KVSpliceError
+
 ATTENTION = "kvsplice"
 
 # (layer index, key, value) -> (key, value); keys are rotated, tensors are [batch, H, T, D].
@@ -26,6 +28,8 @@ def _tapped_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
+    if options.get("softcap") is not None:
+        raise KVSpliceError("this model caps its attention logits, which KVSplice does not support")
     # Layers with a sliding window keep their dense cache in the server, so nothing is measured or changed there.
     if _active and options.get("sliding_window") is None:
         key, value = _active[-1](module.layer_idx, key, value)

@@ -17,6 +17,10 @@ FISHER_FLOOR = 0.05
 # Unit-variance latents fall into bins of 1/100 standard deviation, out to 12.
 _BINS_PER_UNIT, _REACH = 100, 12.0
 _LLOYD_ROUNDS = 40
+# From this width on cells are about as narrow as bins: there the closed form is better than what Lloyd's rounds find.
+_FINE = 6
+# Share of each histogram that is spread evenly over all bins: the outliers that the sample happens not to hold.
+_UNSEEN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def fit_pca(statistics: Statistics, plan: Callable[[Tensor], Plan]) -> FittedCod
     tensors: dict[str, Tensor] = {}
     for (name, kind), widths in zip(kinds.items(), chosen.widths, strict=True):
         levels = codebooks[name].of(widths)
-        sink, coded = fit_sinks(kind, transforms[name], levels)
+        sink, scale = fit_sinks(kind, transforms[name])
         on = (widths > 0).repeat_interleave(GROUP, -1).float()
         tensors |= {
             f"{name}.mean": kind.mean,
@@ -72,7 +76,7 @@ def fit_pca(statistics: Statistics, plan: Callable[[Tensor], Plan]) -> FittedCod
             f"{name}.synthesis": transforms[name].synthesis * on[..., None, :],
             f"{name}.levels": pack_levels(levels, widths.tolist()),
             f"{name}.sink": sink,
-            f"{name}.sink_coded": coded.float(),
+            f"{name}.sink_scale": scale,
         }
     return FittedCodec(chosen, tensors)
 
@@ -123,29 +127,15 @@ def fit_codebooks(statistics: KindStatistics, transform: Transform) -> Codebooks
     return Codebooks(levels, torch.stack(distortion, -1).float())
 
 
-def fit_sinks(statistics: KindStatistics, transform: Transform, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """What stands at position 0, [L, H, D], and whether it is coded there, bool [L, H].
+def fit_sinks(statistics: KindStatistics, transform: Transform) -> tuple[Tensor, Tensor]:
+    """What stands at position 0, [L, H, D], and the standard deviation of each latent around it, [L, H, R].
 
-    Whichever of three leaves the least Fisher-weighted error over the sampled first tokens: their mean in place of them
-    (the attention sink of most layers hardly depends on the token), that mean and a code, or the ordinary mean and a code.
+    The attention sink of most layers hardly depends on the first token, and much attention falls on it: in units of its own
+    deviation it is coded far more finely than an ordinary token.
     """
-    template = statistics.sink.mean(2)
-    replaced = _sink_error(statistics, transform, template, None)
-    around_template = _sink_error(statistics, transform, template, levels)
-    around_mean = _sink_error(statistics, transform, statistics.mean, levels)
-    best = torch.stack((replaced, around_template, around_mean)).argmin(0)
-    return torch.where((best == 2)[..., None], statistics.mean, template), best > 0
-
-
-def _sink_error(statistics: KindStatistics, transform: Transform, centre: Tensor, levels: Tensor | None) -> Tensor:
-    """Fisher-weighted squared error [L, H] of position 0 coded around `centre`, or of nothing but `centre`."""
-    latents = torch.einsum("lhrd,lhsd->lhrs", transform.analysis, statistics.sink - centre[:, :, None])
-    if levels is not None:
-        per_latent = levels.repeat_interleave(GROUP, 2)
-        edges = ((per_latent[..., 1:] + per_latent[..., :-1]) / 2).contiguous()
-        codes = torch.searchsorted(edges, latents.contiguous())
-        latents = latents - per_latent.gather(-1, codes)
-    return (latents.square().mean(-1) * transform.importance).sum(-1)
+    sink = statistics.sink.mean(2)
+    latents = torch.einsum("lhrd,lhsd->lhrs", transform.analysis, statistics.sink - sink[:, :, None])
+    return sink, latents.square().mean(-1).sqrt()
 
 
 def _histogram(latents: Tensor, importance: Tensor) -> Tensor:
@@ -155,7 +145,8 @@ def _histogram(latents: Tensor, importance: Tensor) -> Tensor:
     index = ((latents + _REACH) * _BINS_PER_UNIT).clamp_(0, bins - 1).long()
     index += torch.arange(heads * count).view(heads, count, 1) * bins
     counts = torch.bincount(index.flatten(), minlength=heads * count * bins).view(heads, count, bins).double()
-    weighted = counts * (importance.double() / samples)[..., None]
+    counts = counts / samples * (1 - _UNSEEN) + _UNSEEN / bins
+    weighted = counts * importance.double()[..., None]
     return weighted.unflatten(1, (-1, GROUP)).sum(2)
 
 
@@ -165,12 +156,12 @@ def lloyd_max(histogram: Tensor, width: int) -> tuple[Tensor, Tensor]:
     centre = (torch.arange(bins, dtype=torch.float64) + 0.5) / _BINS_PER_UNIT - _REACH
     moments = [_cumulative(histogram * centre**power) for power in (0, 1, 2)]
     levels = _companded_levels(histogram, width)
-    for _ in range(_LLOYD_ROUNDS if width else 1):
-        weight, first, _ = _cells(levels, moments)
-        levels = torch.where(weight > 0, first / weight.clamp_min(1e-300), levels)
-        levels = _separated(levels)
     if not width:
         levels = torch.zeros_like(levels)
+    elif width < _FINE:
+        for _ in range(_LLOYD_ROUNDS):
+            weight, first, _ = _cells(levels, moments)
+            levels = _separated(torch.where(weight > 0, first / weight.clamp_min(1e-300), levels))
     weight, first, second = _cells(levels, moments)
     left = (second - 2 * levels * first + levels**2 * weight).sum(-1)
     return levels.float(), left.clamp_min(0)
@@ -191,14 +182,17 @@ def _cells(levels: Tensor, moments: list[Tensor]) -> list[Tensor]:
 
 
 def _companded_levels(histogram: Tensor, width: int) -> Tensor:
-    """A start close to the optimum: quantiles of the density's cube root (Panter & Dite, 1951)."""
+    """Levels at the quantiles of the density's cube root: the optimum for many levels (Panter & Dite, 1951)."""
     kernel = torch.ones(1, 1, 21, dtype=torch.float64) / 21
     smooth = torch.nn.functional.conv1d(histogram[:, None], kernel, padding=10)[:, 0]
     density = _cumulative(smooth.clamp_min(0) ** (1 / 3))
     density = density / density[:, -1:].clamp_min(1e-300)
     count = 1 << width
-    wanted = ((torch.arange(count, dtype=torch.float64) + 0.5) / count).expand(len(histogram), -1)
-    return _separated(torch.searchsorted(density, wanted.contiguous()).double() / _BINS_PER_UNIT - _REACH)
+    wanted = ((torch.arange(count, dtype=torch.float64) + 0.5) / count).expand(len(histogram), -1).contiguous()
+    above = torch.searchsorted(density, wanted).clamp(1, histogram.shape[1])
+    low, high = density.gather(1, above - 1), density.gather(1, above)
+    inside = ((wanted - low) / (high - low).clamp_min(1e-300)).clamp(0, 1)
+    return _separated((above - 1 + inside) / _BINS_PER_UNIT - _REACH)
 
 
 def _separated(levels: Tensor) -> Tensor:

@@ -96,6 +96,11 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def longest_context(model: PreTrainedModel) -> int:
+    """Tokens that `model` can read at once; a large number where its configuration sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+
+
 def rotary_of(model: PreTrainedModel) -> Rotary | None:
     """The rotary embedding of `model`, verified on its own keys; None for a model without one.
 
@@ -116,8 +121,8 @@ def rotary_of(model: PreTrainedModel) -> Rotary | None:
     inv_freq = _inverse_frequencies(model)
     if inv_freq is None:
         return None
-    # Far, because the slowest pairs hardly turn over a few positions.
-    shift = config.max_position_embeddings // 2
+    # Far, because the slowest pairs hardly turn over a few positions; not so far that float32 angles lose their meaning.
+    shift = min(longest_context(model) // 2, 1 << 15)
     positions = torch.arange(16, device=model.device)[None]
     # From the middle of the vocabulary: special tokens at its start make activations that bfloat16 cannot hold.
     tokens = (config.vocab_size // 2 + positions) % config.vocab_size
@@ -129,7 +134,8 @@ def rotary_of(model: PreTrainedModel) -> Rotary | None:
     errors = [_rotation_errors(rotary, plain, shifted, shift) for rotary in candidates]
     rotary, error = min(zip(candidates, errors, strict=True), key=lambda pair: max(pair[1].values()))
     worst = max(error, key=lambda layer: error[layer])
-    if error[worst] > _ROTATION_TOLERANCE:
+    # In this form it holds for NaN as well.
+    if not error[worst] <= _ROTATION_TOLERANCE:
         raise KVSpliceError(
             f"layer {worst} does not rotate its keys the way the model's rotary embedding says "
             f"({type(model).__name__}, relative error {error[worst]:.2f}); this architecture is not supported"

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from calibration import fit
 from calibration.evaluate import Evaluation, Mode, evaluate
-from calibration.models import fast_dtype, load_model, rotary_of
+from calibration.models import fast_dtype, load_model, longest_context, rotary_of
 from calibration.plan import Plan, budget_for_bits, plan_budget
 from calibration.statistics import Statistics, collect, fingerprint, load_statistics, save_statistics
 from calibration.text import Corpus, calibration_windows, load_corpus, token_windows
@@ -39,6 +39,7 @@ from vllm_kvsplice.rotary import Rotary
 # Held-out windows behind the quality that an artifact carries; `kvsplice eval` measures more.
 QUALITY_WINDOWS = 2
 DEFAULT_BITS = 4.0
+DEFAULT_CONTEXT = 1024
 PACKAGES = ("vllm-kvsplice", "torch", "transformers")
 
 console = Console(stderr=True)
@@ -50,7 +51,8 @@ class CalibrationConfig(BaseModel):
     Attributes:
         bits: average bits per key and value element, 1.5 to 8. budget: bytes per token over all layers instead.
         text: `pydoc`, `wikitext`, a file or a directory.
-        tokens: to measure on. context: tokens per window. seed: of all sampling.
+        tokens: to measure on. seed: of all sampling.
+        context: tokens per window; by default 1024, or all that the model reads.
 
     """
 
@@ -60,7 +62,7 @@ class CalibrationConfig(BaseModel):
     budget: int | None = Field(default=None, ge=1)
     text: str = "pydoc"
     tokens: int = Field(default=16384, ge=256)
-    context: int = Field(default=1024, ge=16)
+    context: int | None = Field(default=None, ge=16)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
 
     @model_validator(mode="before")
@@ -116,12 +118,13 @@ def calibrate(model_name: str, out: Path, config: CalibrationConfig, statistics_
     shape = ModelShape.of(model.config)
     if shape.head_dim % GROUP:
         raise KVSpliceError(f"head size {shape.head_dim} is not a multiple of {GROUP} and cannot be compressed")
-    longest = model.config.get_text_config().max_position_embeddings
-    if config.context > longest:
-        raise KVSpliceError(f"windows of {config.context} tokens exceed the {longest} the model reads; lower --context")
+    longest = longest_context(model)
+    context = config.context or min(DEFAULT_CONTEXT, longest)
+    if context > longest:
+        raise KVSpliceError(f"windows of {context} tokens exceed the {longest} the model reads; lower --context")
     rotary = rotary_of(model)
-    windows = calibration_windows(tokenizer, corpus.fit, max(1, config.tokens // config.context), config.context)
-    held_out = token_windows(tokenizer, corpus.held_out, QUALITY_WINDOWS, config.context)
+    windows = calibration_windows(tokenizer, corpus.fit, max(1, config.tokens // context), context)
+    held_out = token_windows(tokenizer, corpus.held_out, QUALITY_WINDOWS, context)
     statistics = _measure(model, windows, rotary, config.seed, statistics_file)
     with console.status("Fitting the codec"):
         codec = fit.fit_pca(statistics, lambda distortion: _plan(distortion, config, shape, statistics.layers))
@@ -130,7 +133,7 @@ def calibrate(model_name: str, out: Path, config: CalibrationConfig, statistics_
             model=shape,
             rotary=RotaryShape(pairs=len(rotary.inv_freq), interleaved=rotary.interleaved) if rotary else None,
             layers=_layer_plans(codec.plan, statistics.layers, shape.num_layers),
-            provenance=_provenance(model_name, corpus, config, windows.numel()),
+            provenance=_provenance(model_name, corpus, config, windows),
             quality=None,
             tensors_sha256="0" * 64,
         ),
@@ -184,14 +187,14 @@ def _nested(widths: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in widths.tolist())
 
 
-def _provenance(model: str, corpus: Corpus, config: CalibrationConfig, tokens: int) -> Provenance:
+def _provenance(model: str, corpus: Corpus, config: CalibrationConfig, windows: Tensor) -> Provenance:
     return Provenance(
         # A path on the machine that calibrated means nothing elsewhere.
         model=Path(model).name if Path(model).exists() else model,
         text=corpus.name,
         text_sha256=corpus.sha256,
-        tokens=tokens,
-        context=config.context,
+        tokens=windows.numel(),
+        context=windows.shape[1],
         seed=config.seed,
         fit="pca",
         requested=config.requested,

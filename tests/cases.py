@@ -128,7 +128,7 @@ def make_codec(
     return LayerCodec(*kinds, layout, make_rotary(rotary, dim))
 
 
-def _make_kind(widths: Tensor, sink_coded: Tensor, random: torch.Generator) -> KindCodec:
+def _make_kind(widths: Tensor, coded: Tensor, random: torch.Generator) -> KindCodec:
     heads, dim = widths.shape[0], widths.shape[1] * GROUP
 
     def uniform(*shape: int, low: float, high: float) -> Tensor:
@@ -143,7 +143,7 @@ def _make_kind(widths: Tensor, sink_coded: Tensor, random: torch.Generator) -> K
         synthesis=basis * (deviation * used)[:, None],
         levels=codebooks(widths) * uniform(*widths.shape, 1, low=0.8, high=1.2),
         sink=torch.randn(heads, dim, generator=random),
-        sink_coded=sink_coded,
+        sink_scale=uniform(heads, dim, low=0.7, high=1.4) * coded[:, None],
     )
 
 
@@ -161,7 +161,7 @@ def make_identity_codec(key_widths: Sequence[int], value_widths: Sequence[int]) 
     levels = [
         torch.arange(256.0).minimum((1 << torch.tensor(w)[None, :, None]) - 1) for w in (key_widths, value_widths)
     ]
-    kinds = [KindCodec(zero, eye, eye, level, zero, torch.tensor([True])) for level in levels]
+    kinds = [KindCodec(zero, eye, eye, level, zero, torch.ones(1, dim)) for level in levels]
     return LayerCodec(*kinds, LayerLayout((tuple(key_widths),), (tuple(value_widths),)), None)
 
 
@@ -323,6 +323,9 @@ def nearest_codes(codec: LayerCodec, key: Tensor, value: Tensor, positions: Tens
         residual = (x - codec.offset(kind, positions)).double()
         for head, widths in enumerate(getattr(codec.layout, kind)):
             latents = residual[:, head] @ half.analysis[head].double().T
+            units = half.sink_scale[head].double()
+            at_sink = torch.where(units > 0, latents / units, 0)
+            latents = torch.where(positions[:, None] == 0, at_sink, latents)
             for group, width in enumerate(widths):
                 z = latents[:, GROUP * group : GROUP * (group + 1), None]
                 distance, code = (z - half.levels[head, group, : 1 << width].double()).abs().min(-1)

@@ -185,7 +185,7 @@ class Artifact:
                 synthesis=self.tensors[f"{kind}.synthesis"][row],
                 levels=self._levels[kind][row],
                 sink=self.tensors[f"{kind}.sink"][row],
-                sink_coded=self.tensors[f"{kind}.sink_coded"][row].bool(),
+                sink_scale=self.tensors[f"{kind}.sink_scale"][row],
             )
             for kind in ("key", "value")
         ]
@@ -256,9 +256,8 @@ def expected_tensors(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     expected: dict[str, tuple[int, ...]] = {}
     for kind in ("key", "value"):
         widths = [w for plan in plans for head in getattr(plan, kind) for w in head]
-        expected[f"{kind}.mean"] = expected[f"{kind}.sink"] = (rows, heads, dim)
+        expected[f"{kind}.mean"] = expected[f"{kind}.sink"] = expected[f"{kind}.sink_scale"] = (rows, heads, dim)
         expected[f"{kind}.analysis"] = expected[f"{kind}.synthesis"] = (rows, heads, dim, dim)
-        expected[f"{kind}.sink_coded"] = (rows, heads)
         expected[f"{kind}.levels"] = (sum(1 << w for w in widths if w),)
     if manifest.rotary:
         expected["rotary.inv_freq"] = (manifest.rotary.pairs,)
@@ -477,15 +476,14 @@ def _unique_tensors(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_values(artifact: Artifact) -> None:
-    """What shapes cannot say: codebooks ascend, flags are flags, frequencies are usable."""
+    """What shapes cannot say: codebooks ascend, scales are not negative, frequencies are usable."""
     plans = [artifact.manifest.layers[i] for i in artifact.compressed_layers]
     for kind in ("key", "value"):
         widths = [w for plan in plans for head in getattr(plan, kind) for w in head if w]
         for group, levels in enumerate(artifact.tensors[f"{kind}.levels"].split([1 << w for w in widths])):
             if not (levels.diff() > 0).all():
                 raise ArtifactError(f"codebook {group} of the {kind}s does not ascend")
-        flags = artifact.tensors[f"{kind}.sink_coded"]
-        if not ((flags == 0) | (flags == 1)).all():
-            raise ArtifactError(f"{kind}.sink_coded holds values other than 0 and 1")
+        if not (artifact.tensors[f"{kind}.sink_scale"] >= 0).all():
+            raise ArtifactError(f"{kind}.sink_scale holds negative values")
     if artifact.manifest.rotary and not (artifact.tensors["rotary.inv_freq"].abs() <= torch.pi).all():
         raise ArtifactError("rotary.inv_freq turns by more than half a circle per position")

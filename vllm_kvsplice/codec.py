@@ -33,7 +33,8 @@ class KindCodec:
         analysis: E, [H, R, D]. synthesis: D, [H, D, R]. Both are zero where a latent has no bits.
         levels: codebooks, [H, G, 256]; a group of width b uses the first 2**b, ascending, the rest repeat the last.
         sink: what stands at position 0 in place of the mean, [H, D] (keys at position 0 are not rotated).
-        sink_coded: bool [H]; False where position 0 *is* the sink and its code is ignored.
+        sink_scale: standard deviation of each latent at position 0, [H, R]: codes there count in these units. 0 where
+            position 0 *is* the sink and its code is ignored.
 
     """
 
@@ -42,7 +43,7 @@ class KindCodec:
     synthesis: Tensor
     levels: Tensor
     sink: Tensor
-    sink_coded: Tensor
+    sink_scale: Tensor
 
     def shard(self, heads: Sequence[int]) -> "KindCodec":
         """The same for a rank that holds only `heads`."""
@@ -75,6 +76,11 @@ class LayerCodec:
         fields = self.layout.bit_map()
         device = self.key.mean.device
         return BitMap(fields.byte.to(device), fields.shift.to(device), fields.mask.to(device), fields.low.to(device))
+
+    @cached_property
+    def sink_scale(self) -> Tensor:
+        """Of keys and values, [2, H, R]."""
+        return torch.stack((self.key.sink_scale, self.value.sink_scale))
 
     @cached_property
     def thresholds(self) -> Tensor:
@@ -121,7 +127,10 @@ class LayerCodec:
             (key.float() - self.offset("key", positions), value.float() - self.offset("value", positions))
         ).double()
         analysis = torch.stack((self.key.analysis, self.value.analysis)).double()
-        latents = torch.einsum("kthd,khrd->khrt", residual, analysis).float().flatten(0, 2)
+        latents = torch.einsum("kthd,khrd->khrt", residual, analysis)
+        scale = self.sink_scale.double()[..., None]
+        at_sink = torch.where(scale > 0, latents / scale, 0)
+        latents = torch.where(positions == 0, at_sink, latents).float().flatten(0, 2)
         return torch.searchsorted(self.thresholds, latents.contiguous()).to(torch.uint8).T.contiguous()
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -152,7 +161,6 @@ class LayerCodec:
         restored = []
         kinds: tuple[tuple[Kind, KindCodec], ...] = (("key", self.key), ("value", self.value))
         for (kind, half), z in zip(kinds, latents, strict=True):
-            coded = (positions != 0)[:, None] | half.sink_coded
-            detail = torch.einsum("hdr,hrt->thd", half.synthesis, z)
-            restored.append(self.offset(kind, positions) + detail * coded[..., None])
+            z = torch.where(positions == 0, z * half.sink_scale[..., None], z)
+            restored.append(self.offset(kind, positions) + torch.einsum("hdr,hrt->thd", half.synthesis, z))
         return restored[0], restored[1]

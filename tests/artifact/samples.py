@@ -70,7 +70,7 @@ def sample(rotary: bool = True, layers: tuple[LayerPlan | None, ...] = (WIDE, No
     torch.manual_seed(seed)
     tensors = {name: torch.randn(shape) for name, shape in expected_tensors(manifest).items()}
     for kind in ("key", "value"):
-        tensors[f"{kind}.sink_coded"] = (tensors[f"{kind}.sink_coded"] > 0).float()
+        tensors[f"{kind}.sink_scale"] = tensors[f"{kind}.sink_scale"].abs()
         # Sorted as a whole, every piece of it ascends.
         tensors[f"{kind}.levels"] = tensors[f"{kind}.levels"].sort().values
     if rotary:

@@ -151,14 +151,14 @@ def test_expected_tensors_worked_by_hand() -> None:
         "key.sink": (2, 2, 16),
         "key.analysis": (2, 2, 16, 16),
         "key.synthesis": (2, 2, 16, 16),
-        "key.sink_coded": (2, 2),
+        "key.sink_scale": (2, 2, 16),
         # 2^8 + 2^1 + 2^3 + 2^6 + 2^4, and nothing for three groups of no bits.
         "key.levels": (346,),
         "value.mean": (2, 2, 16),
         "value.sink": (2, 2, 16),
         "value.analysis": (2, 2, 16, 16),
         "value.synthesis": (2, 2, 16, 16),
-        "value.sink_coded": (2, 2),
+        "value.sink_scale": (2, 2, 16),
         # 2^2 + 2^7 + 2^4 + 2^5 + 2^2 + 2^1 + 2^1.
         "value.levels": (188,),
         "rotary.inv_freq": (8,),
@@ -184,9 +184,8 @@ def test_a_layer_gets_its_own_row() -> None:
     for row, index in enumerate(artifact.compressed_layers):
         codec = artifact.layer(index)
         for kind, half in (("key", codec.key), ("value", codec.value)):
-            for name in ("mean", "analysis", "synthesis", "sink"):
+            for name in ("mean", "analysis", "synthesis", "sink", "sink_scale"):
                 assert torch.equal(getattr(half, name), artifact.tensors[f"{kind}.{name}"][row])
-            assert half.sink_coded.dtype == torch.bool
     # Layer 2 comes after the 2^8 + 2 + 2^3 levels of layer 0.
     assert torch.equal(artifact.layer(2).key.levels[0, 0, :64], artifact.tensors["key.levels"][266:330])
 

@@ -121,9 +121,9 @@ def check_tensors(manifest: dict[str, Any], content: bytes) -> None:
     sizes = {s: [2**w for plan in plans for h in plan[s] for w in h if w] for s in ("key", "value")}
     shapes = {"rotary.inv_freq": [manifest["rotary"]["pairs"]]} if manifest["rotary"] else {}
     for side in ("key", "value"):
-        shapes |= {f"{side}.{name}": [*head, dim] for name in ("mean", "sink")}
+        shapes |= {f"{side}.{name}": [*head, dim] for name in ("mean", "sink", "sink_scale")}
         shapes |= {f"{side}.{name}": [*head, dim, dim] for name in ("analysis", "synthesis")}
-        shapes |= {f"{side}.sink_coded": head, f"{side}.levels": [sum(sizes[side])]}
+        shapes |= {f"{side}.levels": [sum(sizes[side])]}
     ensure(isinstance(header, dict) and set(header) == set(shapes), "names")
     arrays, spans = {}, []
     for name, shape in shapes.items():
@@ -143,7 +143,7 @@ def check_tensors(manifest: dict[str, Any], content: bytes) -> None:
 def check_numbers(arrays: dict[str, np.ndarray], sizes: dict[str, list[int]]) -> None:
     ensure(all(np.isfinite(array).all() for array in arrays.values()), "not finite")
     for side, counts in sizes.items():
-        ensure(set(arrays[f"{side}.sink_coded"]) <= {0.0, 1.0}, "flags")
+        ensure((arrays[f"{side}.sink_scale"] >= 0).all(), "scales")
         start = 0
         for count in counts:
             book = arrays[f"{side}.levels"][start : start + count]
@@ -275,7 +275,7 @@ def test_tensors_with_changed_header_and_the_right_hash(base: str, changes, byte
 def test_levels_and_flags_at_random_places() -> None:
     """Single floats, where damaged bytes seldom hit: every position of the small tensors, with every kind of number."""
     draft = Draft(BASES["rotary"])
-    for name in ("key.sink_coded", "value.sink_coded", "rotary.inv_freq", "value.levels"):
+    for name in ("key.sink_scale", "value.sink_scale", "rotary.inv_freq", "value.levels"):
         array = draft.array(name)
         for index in range(0, len(array), max(1, len(array) // 16)):
             kept = array[index]

@@ -343,7 +343,7 @@ def mean_as_sink(codec: LayerCodec) -> dict:
 
 
 def every_sink_coded(codec: LayerCodec) -> dict:
-    return {"key": replace(codec.key, sink_coded=torch.ones_like(codec.key.sink_coded))}
+    return {"key": replace(codec.key, sink_scale=torch.ones_like(codec.key.sink_scale))}
 
 
 def no_rotary(codec: LayerCodec) -> dict:
@@ -417,7 +417,7 @@ PLANTED: dict[str, tuple[Fault, Callable[[Engine], None]]] = {
     "codebook of the next group": (recode("attend", rolled_levels(1)), check_attention),
     "levels off by one": (recode("attend", rolled_levels(2)), check_attention),
     "sink missing": (recode("attend", mean_as_sink), check_attention),
-    "code read where the sink replaces it": (recode("attend", every_sink_coded), check_attention),
+    "sink read in the units of ordinary tokens": (recode("attend", every_sink_coded), check_attention),
     "scale wrong": (plant("attend", lambda scale, **_: {"scale": scale * 1.001}), check_attention),
     "causal mask ignored": (plant("attend", no_causal_mask), check_attention),
     "query heads of another group": (plant("attend", query_heads_by_turns), check_attention),

@@ -5,7 +5,7 @@ Attention happens in the latent space. With key j decoded as m_K(j) + D_K z_j an
     score_j = q . m_K(j) + (D_K^T q) . z_j               D_K is absorbed into the query once
     output  = sum_j p_j m_V(j) + D_V sum_j p_j y_j       D_V is applied once, after the sum
 
-Position 0 has the sink in place of its mean, and no code where the sink replaces it.
+Position 0 has the sink in place of its mean, and its latents in units of their own.
 
 Everything is summed in float64 and rounded once, so that an answer hardly depends on what else is in the batch: a last bit
 that differs in one layer's output can flip a code in the next, and from there the difference grows (docs/codec.md).
@@ -124,6 +124,5 @@ def _latents(
     latents = codec.decode(codec.unpack(stored)).unflatten(0, (2, codec.num_kv_heads, codec.head_dim)).movedim(3, 1)
     written = torch.arange(context, device=table.device) < lengths[:, None]
     latents = latents * written[:, None, None]
-    coded = torch.stack((codec.key.sink_coded, codec.value.sink_coded))
-    latents[..., 0] *= coded[:, None, :, None]
+    latents[..., 0] *= codec.sink_scale[:, None]
     return latents[0].double(), latents[1].double()
