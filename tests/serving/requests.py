@@ -44,9 +44,10 @@ def ask(server: Server, prompt: Sequence[int], max_tokens: int = 16, **options: 
         extra_body={"prompt_logprobs": 0, "ignore_eos": True} | options,
     )
     choice = reply.choices[0]
-    tops = [sorted(top.values(), reverse=True) for top in choice.logprobs.top_logprobs]
+    # Two tokens that print alike share an entry.
+    second = [sorted(top.values())[-2:][0] for top in choice.logprobs.top_logprobs]
     given = [next(iter(entry.values()))["logprob"] for entry in (choice.prompt_logprobs or [])[1:]]
-    return Answer(choice.logprobs.tokens, choice.logprobs.token_logprobs, [top[1] for top in tops], given)
+    return Answer(choice.logprobs.tokens, choice.logprobs.token_logprobs, second, given)
 
 
 def ask_all(server: Server, prompts: Sequence[Sequence[int]], **options: object) -> list[Answer]:
@@ -74,9 +75,9 @@ def largest(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 @torch.no_grad()
-def hf_prompt_logprobs(model: PreTrainedModel, prompt: list[int], artifact: Artifact) -> list[float]:
-    """Log-probabilities of a prompt's tokens but the first, by the Hugging Face path with the same artifact."""
-    codecs = {index: artifact.layer(index) for index in artifact.compressed_layers}
+def hf_prompt_logprobs(model: PreTrainedModel, prompt: list[int], artifact: Artifact | None) -> list[float]:
+    """Log-probabilities of a prompt's tokens but the first, by the Hugging Face path, without artifact uncompressed."""
+    codecs = {index: artifact.layer(index) for index in artifact.compressed_layers} if artifact else {}
     tokens = torch.tensor(prompt)
     with tapped(model, compressing_tap(codecs, "serving")):
         logits = model(tokens[None], use_cache=False).logits[0, :-1]
