@@ -1,7 +1,7 @@
 """Session-wide fixtures: the real model, artifacts of it, and running servers. Each is made once, when first asked for."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,11 +38,23 @@ def smollm_artifact(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """Start servers that live until the module's tests are over: `start(command, **environment)`."""
-    folder = tmp_path_factory.mktemp("servers")
+    with _starter(tmp_path_factory.mktemp("servers")) as begin:
+        yield begin
+
+
+@pytest.fixture
+def start_briefly(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """The same for servers of a single test."""
+    with _starter(tmp_path / "servers") as begin:
+        yield begin
+
+
+@contextmanager
+def _starter(folder: Path) -> Iterator[Callable[..., Server]]:
     with ExitStack() as stack:
 
         def begin(command: list[str], **environment: str) -> Server:
-            log = folder / f"{len(list(folder.iterdir()))}.log"
+            log = folder / f"{len(list(folder.glob('*')))}.log"
             return stack.enter_context(running(command, log, MEMORY | environment))
 
         yield begin

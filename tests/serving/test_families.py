@@ -50,12 +50,12 @@ def calibrated(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("family", CASES, ids=lambda family: NAMES.get(family, family))
 def test_server_computes_what_the_hugging_face_path_does(
-    family: str, start: Callable[..., Server], calibrated: Callable[[str], Path], prompts: list[list[int]]
+    family: str, start_briefly: Callable[..., Server], calibrated: Callable[[str], Path], prompts: list[list[int]]
 ) -> None:
     path = calibrated(family)
     # One core for each of two ranks; without it vLLM wants a NUMA node for each.
     threads = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if "--tensor-parallel-size" in CASES[family] else {}
-    server = start(kvsplice_command("serve", path, *CASES[family]), **threads)
+    server = start_briefly(kvsplice_command("serve", path, *CASES[family]), **threads)
     assert "KVSplice is in use" in server.log.read_text()
     model, _ = load_model(str(path), torch.float32)
     artifact = load_artifact(path / "kvsplice")
