@@ -84,13 +84,18 @@ def test_prompt_logprobs_are_those_of_this_artifact(
 ) -> None:
     """The server computes what the Hugging Face path computes with the same artifact, and nothing else would pass."""
     model, _ = load_model(str(smollm), torch.float32)
-    for prompt in prompts[:4] + prompts[-2:]:
-        expected = torch.tensor(hf_prompt_logprobs(model, prompt, load_artifact(smollm_artifact(4))))
-        served = torch.tensor(ask(four_bits, prompt, max_tokens=1).prompt_logprobs)
-        uncompressed = torch.tensor(ask(stock, prompt, max_tokens=1).prompt_logprobs)
-        # Two implementations of the model flip some codes (module docstring), so most of the text must agree, not all.
-        assert (served - expected).abs().median() < 0.02
-        assert (uncompressed - expected).abs().median() > 2 * (served - expected).abs().median()
+    artifact = load_artifact(smollm_artifact(4))
+    chosen = prompts[:4] + prompts[-2:]
+    expected = [torch.tensor(hf_prompt_logprobs(model, prompt, artifact)) for prompt in chosen]
+    served, uncompressed = (
+        [torch.tensor(ask(server, prompt, max_tokens=1).prompt_logprobs) for prompt in chosen]
+        for server in (four_bits, stock)
+    )
+    # Two implementations of the model flip a code sooner or later, and what follows carries other noise (docs/codec.md):
+    # the first tokens must agree sharply, all of them on the whole.
+    assert _difference(served, expected, first=8).median() < 1e-3
+    assert _difference(uncompressed, expected, first=8).median() > 0.01
+    assert _difference(served, expected).mean() < _difference(uncompressed, expected).mean() / 2
 
 
 def test_eight_bits_answer_like_stock(stock: Server, eight_bits: Server, prompts: list[list[int]]) -> None:
@@ -216,3 +221,8 @@ def test_cut_streams_leave_nothing_behind(four_bits: Server, prompts: list[list[
     assert four_bits.metric("vllm:num_requests_running") == 0
     assert four_bits.metric("vllm:num_requests_waiting") == 0
     assert four_bits.metric("vllm:kv_cache_usage_perc") == 0
+
+
+def _difference(one: list[torch.Tensor], other: list[torch.Tensor], first: int | None = None) -> torch.Tensor:
+    """Absolute differences of log-probabilities over the `first` tokens of every prompt."""
+    return torch.cat([(a - b)[:first].abs() for a, b in zip(one, other, strict=True)])
