@@ -78,6 +78,16 @@ class LayerCodec:
         return BitMap(fields.byte.to(device), fields.shift.to(device), fields.mask.to(device), fields.low.to(device))
 
     @cached_property
+    def analysis(self) -> Tensor:
+        """Of keys and values, float64 [2, H, R, D]."""
+        return torch.stack((self.key.analysis, self.value.analysis)).double()
+
+    @cached_property
+    def synthesis(self) -> Tensor:
+        """Of keys and values, float64 [2, H, D, R]."""
+        return torch.stack((self.key.synthesis, self.value.synthesis)).double()
+
+    @cached_property
     def sink_scale(self) -> Tensor:
         """Of keys and values, [2, H, R]."""
         return torch.stack((self.key.sink_scale, self.value.sink_scale))
@@ -126,8 +136,7 @@ class LayerCodec:
         residual = torch.stack(
             (key.float() - self.offset("key", positions), value.float() - self.offset("value", positions))
         ).double()
-        analysis = torch.stack((self.key.analysis, self.value.analysis)).double()
-        latents = torch.einsum("kthd,khrd->khrt", residual, analysis)
+        latents = torch.einsum("kthd,khrd->khrt", residual, self.analysis)
         scale = self.sink_scale.double()[..., None]
         at_sink = torch.where(scale > 0, latents / scale, 0)
         latents = torch.where(positions == 0, at_sink, latents).float().flatten(0, 2)

@@ -97,14 +97,14 @@ def _attend_rows(
 ) -> Tensor:
     """Queries [S, Q, H * G, D] that see positions up to `last` [S, Q]; latents as `_latents` gives them."""
     query = query.unflatten(2, (codec.num_kv_heads, -1)).double()
-    absorbed = torch.einsum("sqhgd,hdr->sqhgr", query, codec.key.synthesis.double())
+    absorbed = torch.einsum("sqhgd,hdr->sqhgr", query, codec.synthesis[0])
     scores = torch.einsum("sqhgr,shrc->shgqc", absorbed, keys)
     scores += torch.einsum("sqhgd,chd->shgqc", query, mean_keys)
     visible = torch.arange(keys.shape[-1], device=query.device) <= last[..., None]
     probability = (scores * scale).masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
 
     latent = torch.einsum("shgqc,shrc->sqhgr", probability, values)
-    output = torch.einsum("sqhgr,hdr->sqhgd", latent, codec.value.synthesis.double())
+    output = torch.einsum("sqhgr,hdr->sqhgd", latent, codec.synthesis[1])
     # sum_j p_j m_V(j), where m_V is the mean everywhere but at position 0.
     on_sink = probability[..., :1].movedim(3, 1)
     output += codec.value.mean[:, None] + on_sink * (codec.value.sink - codec.value.mean)[:, None]
