@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vllm_kvsplice.artifact import Artifact, LayerPlan, Manifest, ModelShape, Provenance, RotaryShape
 from vllm_kvsplice.codec import LEVELS, KindCodec, LayerCodec
-from vllm_kvsplice.engines import Engine
+from vllm_kvsplice.engines import Batch, Engine, Window
 from vllm_kvsplice.layout import GROUP, LayerLayout
 from vllm_kvsplice.rotary import Rotary
 
@@ -60,11 +60,16 @@ class Case:
     rotary: str = "half"
     sinks: str = "mixed"
     seed: int = 0
+    # Of the exact window: its tokens, the tokens a block of it holds, and whether a step reads all its own exactly.
+    window: int = 0
+    window_block: int = 8
+    whole_chunk: bool = False
 
     def __str__(self) -> str:
         queries, stored = (span(numbers) for numbers in zip(*self.sequences, strict=True))
         shape = f"T{queries}-S{stored}-H{self.heads}-G{self.group}-D{self.dim}-N{self.block}-w{span(self.widths)}"
-        return f"{shape}-{self.rotary}-{self.sinks}" + (f"-seed{self.seed}" if self.seed else "")
+        window = f"-W{self.window}x{self.window_block}{'-chunk' if self.whole_chunk else ''}" if self.window else ""
+        return f"{shape}-{self.rotary}-{self.sinks}{window}" + (f"-seed{self.seed}" if self.seed else "")
 
     @property
     def codec_id(self) -> str:
@@ -96,6 +101,9 @@ def random_case(seed: int) -> Case:
         rotary=pick(list(ROTARIES)),
         sinks=pick(list(SINKS)),
         seed=seed,
+        window=pick((0, 1, 5, 16, 100)),
+        window_block=pick((1, 3, 8, 16)),
+        whole_chunk=pick((False, True)),
     )
 
 
@@ -207,12 +215,16 @@ def make_artifact(codec: LayerCodec, group: int) -> Artifact:
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence: query [T, H * G, D] of its last tokens, key and value [S, H, D] of all, and the blocks it owns."""
+    """One sequence: query [T, H * G, D] of its last tokens, key and value [S, H, D] of all, and the blocks it owns.
+
+    Blocks of the exact window are those of all its tokens; what has slid out of it belongs to others by now.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     blocks: Tensor
+    window_blocks: Tensor | None = None
 
     @property
     def positions(self) -> Tensor:
@@ -220,6 +232,23 @@ class Request:
 
     def slots(self, block_size: int) -> Tensor:
         return self.blocks[self.positions // block_size] * block_size + self.positions % block_size
+
+    def window_slots(self, size: int, block_size: int) -> Tensor:
+        """Of the tokens that the exact window must hold, the others' -1 (as padding)."""
+        assert self.window_blocks is not None
+        slots = self.window_blocks[self.positions // block_size] * block_size + self.positions % block_size
+        return torch.where(self.positions > len(self.key) - len(self.query) - size, slots, -1)
+
+    def restored_for(self, codec: LayerCodec, window: int, whole_chunk: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values as each query reads them, one query after the other: stored, then the exact ones."""
+        stored = codec.reconstruct(self.key, self.value, self.positions)
+        first = len(self.key) - len(self.query)
+        for last in range(first, len(self.key)):
+            begin = max(0, min(last - window + 1, first) if whole_chunk and window else last - window + 1)
+            yield tuple(
+                torch.cat((old[:begin], new[begin : last + 1]))
+                for old, new in zip(stored, (self.key, self.value), strict=True)
+            )
 
 
 @dataclass(frozen=True)
@@ -229,27 +258,32 @@ class Step:
     codec: LayerCodec
     requests: list[Request]
     pages: Tensor
-    scale: float = field(default=0.125)
+    scale: float = 0.125
+    window_size: int = 0
+    window_pages: Tensor | None = None
+    whole_chunk: bool = False
 
     @property
     def query(self) -> Tensor:
         return torch.cat([r.query for r in self.requests])
 
     @property
-    def seq_lens(self) -> list[int]:
-        return [len(r.key) for r in self.requests]
+    def batch(self) -> Batch:
+        counts = torch.tensor([0, *(len(r.query) for r in self.requests)])
+        lengths = torch.tensor([len(r.key) for r in self.requests])
+        return Batch(counts.cumsum(0).int(), lengths.int(), table([r.blocks for r in self.requests]))
 
     @property
-    def query_start(self) -> list[int]:
-        return [0, *torch.tensor([len(r.query) for r in self.requests]).cumsum(0).tolist()]
-
-    @property
-    def block_table(self) -> Tensor:
-        """Wider than any sequence needs; the rest names a block that none of them owns, as stale entries do in vLLM."""
-        table = torch.full((len(self.requests), 2 + max(len(r.blocks) for r in self.requests)), 1, dtype=torch.int32)
-        for row, request in zip(table, self.requests, strict=True):
-            row[: len(request.blocks)] = request.blocks
-        return table
+    def window(self) -> Window | None:
+        """With stale entries also where blocks have slid out of the window."""
+        if self.window_pages is None:
+            return None
+        block_size = self.window_pages.shape[2]
+        blocks = []
+        for r in self.requests:
+            slid_out = max(0, len(r.key) - len(r.query) - self.window_size + 1) // block_size
+            blocks.append(torch.where(torch.arange(len(r.window_blocks)) < slid_out, 1, r.window_blocks))
+        return Window(self.window_size, self.window_pages, table(blocks), self.whole_chunk)
 
     @property
     def slots(self) -> Tensor:
@@ -263,29 +297,35 @@ class Step:
     def pick(self, order: Sequence[int]) -> "Step":
         return replace(self, requests=[self.requests[i] for i in order])
 
-    def foreign(self) -> Tensor:
-        """bool [B, N]: the slots that hold nothing of any sequence."""
-        owned = torch.zeros(self.pages.shape[0] * self.pages.shape[2], dtype=torch.bool)
-        owned[self.slots] = True
-        return ~owned.view(-1, self.pages.shape[2])
+    def unread(self) -> Tensor:
+        """bool [B, N]: the slots that no query reads: of no sequence, or exact for every query."""
+        unread = torch.ones(self.pages.shape[0] * self.pages.shape[2], dtype=torch.bool)
+        for r in self.requests:
+            exact = max(self.window_size, len(r.query) if self.whole_chunk and self.window_size else 0)
+            unread[r.slots(self.pages.shape[2])[: max(0, len(r.key) - exact)]] = False
+        return unread.view(-1, self.pages.shape[2])
+
+    @property
+    def window_slots(self) -> Tensor:
+        return torch.cat([r.window_slots(self.window_size, self.window_pages.shape[2]) for r in self.requests])
 
     def store(self, engine: Engine) -> "Step":
-        engine.write(self.codec, *self.tokens, self.slots, self.pages)
+        key, value, positions = self.tokens
+        engine.write(self.codec, key, value, positions, self.slots, self.pages)
+        if self.window_pages is not None:
+            engine.write_window(key, value, self.window_slots, self.window_pages)
         return self
 
     def attend(self, engine: Engine) -> Tensor:
-        return engine.attend(
-            self.codec, self.query, self.pages, self.block_table, self.query_start, self.seq_lens, self.scale
-        )
+        return engine.attend(self.codec, self.query, self.pages, self.batch, self.scale, self.window)
 
     def oracle(self) -> Tensor:
         """What `attend` must return, in float64."""
-        return torch.cat(
-            [
-                dense_attention(r.query, *self.codec.reconstruct(r.key, r.value, r.positions), self.scale)
-                for r in self.requests
-            ]
-        )
+        outputs = []
+        for r in self.requests:
+            read = r.restored_for(self.codec, self.window_size, self.whole_chunk)
+            outputs += [dense_attention(q[None], *kv, self.scale) for q, kv in zip(r.query, read, strict=True)]
+        return torch.cat(outputs)
 
 
 def make_step(case: Case, codec: LayerCodec | None = None) -> Step:
@@ -303,7 +343,25 @@ def make_step(case: Case, codec: LayerCodec | None = None) -> Step:
         for index, ((queries, stored), blocks) in enumerate(zip(case.sequences, shuffled.split(counts), strict=True))
     ]
     pages = torch.full((3 + sum(counts), codec.layout.token_bytes, case.block), CANARY, dtype=torch.uint8)
-    return Step(codec, requests, pages, scale=case.dim**-0.5)
+    step = Step(codec, requests, pages, scale=case.dim**-0.5)
+    return with_window(step, case, random) if case.window else step
+
+
+def with_window(step: Step, case: Case, random: torch.Generator) -> Step:
+    """The same step with pages for the exact window, which hold NaN where nothing was written."""
+    counts = [-(-stored // case.window_block) for _, stored in case.sequences]
+    shuffled = (3 + torch.randperm(sum(counts), generator=random)).split(counts)
+    pages = torch.full((3 + sum(counts), case.heads, case.window_block, 2 * case.dim), torch.nan)
+    requests = [replace(r, window_blocks=blocks) for r, blocks in zip(step.requests, shuffled, strict=True)]
+    return replace(step, requests=requests, window_size=case.window, window_pages=pages, whole_chunk=case.whole_chunk)
+
+
+def table(blocks: Sequence[Tensor]) -> Tensor:
+    """Wider than any sequence needs; the rest names a block that none of them owns, as stale entries do in vLLM."""
+    rows = torch.full((len(blocks), 2 + max(map(len, blocks))), 1, dtype=torch.int32)
+    for row, own in zip(rows, blocks, strict=True):
+        row[: len(own)] = own
+    return rows
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -35,7 +35,7 @@ from tests.cases import (
 )
 from vllm_kvsplice import artifact as artifact_module
 from vllm_kvsplice.codec import LayerCodec
-from vllm_kvsplice.engines import ENGINES, Engine, get_engine, reference
+from vllm_kvsplice.engines import ENGINES, Batch, Engine, Window, get_engine, reference
 from vllm_kvsplice.errors import KVSpliceError
 
 # Both relative to the largest output (about 3). Measured on the reference engine over every case below: 2.3e-6.
@@ -44,6 +44,7 @@ ORACLE_LIMIT = 5e-6
 ORDER_LIMIT = 1e-6
 
 STEP = Case(MIXED)
+WINDOWED = Case(MIXED, window=16)
 
 
 @pytest.fixture(params=sorted(ENGINES))
@@ -76,6 +77,19 @@ def check_store(engine: Engine, case: Case = STEP) -> None:
     expect(torch.equal(pages, expected), f"written slots and nothing else change as documented, {case}")
 
 
+def check_window_store(engine: Engine, case: Case = WINDOWED) -> None:
+    """The window's pages get each token's key and value as they are, padding (-1) goes nowhere."""
+    step = make_step(case).store(engine)
+    expected = torch.full_like(step.window_pages, torch.nan)
+    key, value, _ = step.tokens
+    size = step.window_pages.shape[2]
+    for slot, token in zip(step.window_slots.tolist(), torch.cat((key, value), -1), strict=True):
+        if slot >= 0:
+            expected[slot // size, :, slot % size] = token
+    same = (step.window_pages == expected) | (step.window_pages.isnan() & expected.isnan())
+    expect(same.all(), f"the window holds its tokens and nothing else changes, {case}")
+
+
 def check_chunks(engine: Engine, case: Case = STEP) -> None:
     """However a sequence is cut into steps, its bytes are the same."""
     whole = make_step(replace(case, sequences=((1, 65),))).store(engine)
@@ -93,15 +107,27 @@ def check_attention(engine: Engine, case: Case = STEP) -> None:
 
 
 def check_poison(engine: Engine, case: Case = STEP) -> None:
-    """Bytes that belong to no token of the step have no influence at all."""
+    """Bytes that no query of the step reads have no influence at all, in neither cache."""
     step = make_step(case).store(engine)
     before = step.attend(engine)
-    foreign = step.foreign()[:, None].expand_as(step.pages)
+    foreign = step.unread()[:, None].expand_as(step.pages)
     noise = torch.randint(256, step.pages.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(case.seed))
     for poison in (torch.tensor(0, dtype=torch.uint8), torch.tensor(255, dtype=torch.uint8), noise):
-        after = replace(step, pages=torch.where(foreign, poison, step.pages)).attend(engine)
+        after = replace(poisoned_window(step, poison), pages=torch.where(foreign, poison, step.pages)).attend(engine)
         expect(after.isfinite().all(), f"output is finite, {case}")
         expect(torch.equal(before, after), f"foreign bytes have no influence, {case}")
+
+
+def poisoned_window(step: Step, poison: Tensor) -> Step:
+    """The same step with NaN or infinities wherever the exact window holds no token that one of its queries reads."""
+    if step.window_pages is None:
+        return step
+    foreign = torch.ones(step.window_pages.shape[0] * step.window_pages.shape[2], dtype=torch.bool)
+    foreign[step.window_slots[step.window_slots >= 0]] = False
+    foreign = foreign.view(-1, 1, step.window_pages.shape[2], 1)
+    return replace(
+        step, window_pages=step.window_pages.masked_fill(foreign, [torch.inf, torch.nan][int(poison.max() > 0)])
+    )
 
 
 def check_batching(engine: Engine, case: Case = STEP) -> None:
@@ -164,6 +190,14 @@ SHAPES = [
     *(Case(MIXED, rotary=rotary, dim=64, sinks=sinks) for rotary in ROTARIES for sinks in SINKS),
     *(Case(MIXED, widths=(width,), heads=1, group=1) for width in ALL_WIDTHS),
     *(Case(MIXED, group=group, dim=dim, block=32) for group in (1, 3, 9) for dim in (32, 64, 128)),
+]
+SHAPES += [
+    *(Case(MIXED, window=w, window_block=n) for w in (1, 2, 7, 16, 17, 33, 48, 1000) for n in (1, 5, 8, 16)),
+    *(Case(MIXED, window=w, whole_chunk=True) for w in (1, 16, 48)),
+    *(Case(MIXED, window=8, rotary=rotary, sinks=sinks) for rotary in ROTARIES for sinks in SINKS),
+    Case(((1, 300), (150, 300), (140, 140)), window=32, window_block=16, dim=64),
+    Case(((1, 300), (150, 300), (140, 140)), window=32, whole_chunk=True),
+    Case(((3, 4999),), heads=1, group=1, block=128, window=128, window_block=16),
 ]
 # One, two or three queries at every fill of the last block, with and without full blocks before it.
 RESIDUES = [
@@ -229,6 +263,33 @@ def test_tensor_parallel_ranks_side_by_side_equal_one_rank(engine, heads, ranks)
     check_ranks(engine, heads, ranks)
 
 
+@pytest.mark.parametrize("window", [64, 100])
+def test_a_window_as_long_as_the_context_is_dense_attention(engine, window):
+    step = make_step(Case(((1, 40), (33, 64)), window=window)).store(engine)
+    dense = [dense_attention(r.query, r.key, r.value, step.scale) for r in step.requests]
+    expect_close(step.attend(engine), torch.cat(dense), ORACLE_LIMIT, "everything is read exactly")
+
+
+def test_no_window_is_the_pure_codec(engine):
+    step = make_step(STEP).store(engine)
+    pure = [
+        dense_attention(r.query, *step.codec.reconstruct(r.key, r.value, r.positions), step.scale)
+        for r in step.requests
+    ]
+    expect_close(step.attend(engine), torch.cat(pure), ORACLE_LIMIT, "everything is read as stored")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 17, 64])
+def test_what_a_query_reads_does_not_depend_on_how_its_sequence_was_cut_into_steps(engine, chunk):
+    step = make_step(Case(((65, 65),), window=12, window_block=4)).store(engine)
+    whole, request = step.attend(engine), step.requests[0]
+    for first in range(0, 65, chunk):
+        end = min(65, first + chunk)
+        part = replace(request, query=request.query[first:end], key=request.key[:end], value=request.value[:end])
+        output = replace(step, requests=[part]).attend(engine)
+        expect_close(output, whole[first:end], ORDER_LIMIT, f"chunks of {chunk} read what the whole reads")
+
+
 @pytest.mark.parametrize("sinks", SINKS)
 def test_the_first_token_alone_attends_to_its_own_value(engine, sinks):
     step = make_step(Case(((1, 1),), group=1, sinks=sinks)).store(engine)
@@ -259,7 +320,7 @@ def test_slices_of_a_fused_projection_are_read_where_they_lie(engine):
     query, sliced_key, sliced_value = torch.cat((step.query, key, value), 1).split([6, 2, 2], 1)
     assert not sliced_key.is_contiguous()
     engine.write(step.codec, sliced_key, sliced_value, positions, step.slots, step.pages)
-    output = engine.attend(step.codec, query, step.pages, step.block_table, step.query_start, step.seq_lens, step.scale)
+    output = engine.attend(step.codec, query, step.pages, step.batch, step.scale, None)
     assert torch.equal(output, replace(step, pages=step.pages.clone()).store(engine).attend(engine))
 
 
@@ -275,9 +336,7 @@ def test_bytes_and_output_do_not_depend_on_the_number_of_threads(engine, count):
 def test_rows_past_the_last_query_are_ignored(engine):
     step = make_step(STEP).store(engine)
     padded = torch.cat((step.query, torch.full_like(step.query[:5], torch.nan)))
-    output = engine.attend(
-        step.codec, padded, step.pages, step.block_table, step.query_start, step.seq_lens, step.scale
-    )
+    output = engine.attend(step.codec, padded, step.pages, step.batch, step.scale, step.window)
     assert torch.equal(output, step.attend(engine))
 
 
@@ -320,9 +379,14 @@ def plant(method: str, change: Callable[..., dict]) -> Fault:
             given = dict(zip(names, arguments, strict=True))
             return getattr(engine, method)(*(given | change(**given)).values())
 
-        return SimpleNamespace(**({"write": engine.write, "attend": engine.attend} | {method: faulty}))
+        return with_method(engine, method, faulty)
 
     return fault
+
+
+def with_method(engine: Engine, name: str, method: Callable) -> Engine:
+    methods = {n: getattr(engine, n) for n in ("write", "write_window", "attend")}
+    return SimpleNamespace(**methods | {name: method})
 
 
 def recode(method: str, change: Callable[[LayerCodec], dict]) -> Fault:
@@ -350,13 +414,19 @@ def no_rotary(codec: LayerCodec) -> dict:
     return {"rotary": None}
 
 
-def no_causal_mask(query_start: list[int], seq_lens: list[int], block_table: Tensor, **_: object) -> dict:
-    counts = torch.tensor(query_start).diff()
-    return {
-        "query_start": list(range(query_start[-1] + 1)),
-        "seq_lens": torch.tensor(seq_lens).repeat_interleave(counts).tolist(),
-        "block_table": block_table.repeat_interleave(counts, 0),
-    }
+def no_causal_mask(batch: Batch, **_: object) -> dict:
+    counts = batch.query_start.diff()
+    start = torch.arange(int(batch.query_start[-1]) + 1, dtype=torch.int32)
+    rows = [x.repeat_interleave(counts, 0) for x in (batch.seq_lens, batch.block_table)]
+    return {"batch": Batch(start, *rows)}
+
+
+def in_batch(change: Callable[[Batch], dict]) -> Callable[..., dict]:
+    return lambda batch, **_: {"batch": replace(batch, **change(batch))}
+
+
+def in_window(change: Callable[[Window], dict]) -> Callable[..., dict]:
+    return lambda window, **_: {"window": replace(window, **change(window))}
 
 
 def clear_rest_of_blocks(slots: Tensor, pages: Tensor, **_: object) -> dict:
@@ -371,15 +441,15 @@ def raw_keys(engine: Engine) -> Engine:
     def write(codec, key, value, positions, slots, pages):
         raw.update(zip(slots.tolist(), zip(key, value, strict=True), strict=True))
 
-    def attend(codec, query, pages, block_table, query_start, seq_lens, scale):
-        outputs, size = [], pages.shape[2]
-        for start, end, table, length in zip(query_start, query_start[1:], block_table, seq_lens, strict=False):
+    def attend(codec, query, pages, batch, scale, window):
+        outputs, size, starts = [], pages.shape[2], batch.query_start.tolist()
+        for start, end, table, length in zip(starts, starts[1:], batch.block_table, batch.seq_lens, strict=False):
             pairs = [raw[int(table[j // size]) * size + j % size] for j in range(length)]
             key, value = (torch.stack(x) for x in zip(*pairs, strict=True))
             outputs.append(dense_attention(query[start:end], key, value, scale))
         return torch.cat(outputs)
 
-    return SimpleNamespace(write=write, attend=attend)
+    return SimpleNamespace(write=write, write_window=engine.write_window, attend=attend)
 
 
 def next_slot(slots: Tensor, pages: Tensor, **_: object) -> dict:
@@ -396,6 +466,14 @@ def without_gaps(pages: Tensor, **_: object) -> dict:
 
 def query_heads_by_turns(query: Tensor, **_: object) -> dict:
     return {"query": query.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)}
+
+
+def windowed(check: Callable[..., None]) -> Callable[[Engine], None]:
+    return lambda engine: check(engine, WINDOWED)
+
+
+def window_padding_written(slots: Tensor, pages: Tensor, **_: object) -> dict:
+    return {"slots": slots % (len(pages) * pages.shape[2])}
 
 
 PLANTED: dict[str, tuple[Fault, Callable[[Engine], None]]] = {
@@ -423,20 +501,49 @@ PLANTED: dict[str, tuple[Fault, Callable[[Engine], None]]] = {
     "query heads of another group": (plant("attend", query_heads_by_turns), check_attention),
     "raw keys instead of stored ones": (raw_keys, check_attention),
     "stale tail read": (
-        plant("attend", lambda seq_lens, **_: {"seq_lens": [length + 1 for length in seq_lens]}),
+        plant("attend", in_batch(lambda batch: {"seq_lens": batch.seq_lens + 1})),
         check_poison,
     ),
     "null block read": (
-        plant("attend", lambda block_table, **_: {"block_table": block_table * (block_table != 3)}),
+        plant("attend", in_batch(lambda batch: {"block_table": batch.block_table * (batch.block_table != 3)})),
         check_poison,
     ),
     "another sequence's blocks": (
-        plant("attend", lambda block_table, **_: {"block_table": block_table.roll(1, 0)}),
+        plant("attend", in_batch(lambda batch: {"block_table": batch.block_table.roll(1, 0)})),
         check_batching,
     ),
     "length of the longest sequence": (
-        plant("attend", lambda seq_lens, **_: {"seq_lens": [max(seq_lens)] * len(seq_lens)}),
+        plant("attend", in_batch(lambda batch: {"seq_lens": batch.seq_lens.max().expand_as(batch.seq_lens)})),
         check_batching,
+    ),
+    "window one token too wide": (
+        plant("attend", in_window(lambda window: {"size": window.size + 1})),
+        windowed(check_attention),
+    ),
+    "window one token too narrow": (
+        plant("attend", in_window(lambda window: {"size": window.size - 1})),
+        windowed(check_attention),
+    ),
+    "window ignored": (plant("attend", lambda **_: {"window": None}), windowed(check_attention)),
+    "window of another sequence": (
+        plant("attend", in_window(lambda window: {"block_table": window.block_table.roll(1, 0)})),
+        windowed(check_batching),
+    ),
+    "window of the whole step": (
+        plant("attend", in_window(lambda window: {"whole_chunk": True})),
+        windowed(check_attention),
+    ),
+    "window's heads swapped": (
+        plant("write_window", lambda key, **_: {"key": key.flip(1)}),
+        windowed(check_attention),
+    ),
+    "window's keys and values swapped": (
+        plant("write_window", lambda key, value, **_: {"key": value, "value": key}),
+        windowed(check_attention),
+    ),
+    "window's padding written": (
+        plant("write_window", window_padding_written),
+        windowed(check_window_store),
     ),
     "gaps between pages ignored": (plant("write", without_gaps), check_strided),
     "a copy of the pages written": (plant("write", lambda pages, **_: {"pages": pages.contiguous()}), check_strided),

@@ -1,32 +1,10 @@
-"""Engines: implementations of one contract, `write` and `attend` over packed pages. `reference` is the specification."""
+"""Engines: implementations of the contract in `contract`. `reference` is the specification."""
 
-from typing import Protocol
-
-from torch import Tensor
-
-from vllm_kvsplice.codec import LayerCodec
 from vllm_kvsplice.engines import reference
+from vllm_kvsplice.engines.contract import Batch, Engine, Window
 from vllm_kvsplice.errors import KVSpliceError
 
-
-class Engine(Protocol):
-    """What an engine module offers; shapes in `vllm_kvsplice.engines.reference`."""
-
-    def write(
-        self, codec: LayerCodec, key: Tensor, value: Tensor, positions: Tensor, slots: Tensor, pages: Tensor
-    ) -> None: ...
-
-    def attend(
-        self,
-        codec: LayerCodec,
-        query: Tensor,
-        pages: Tensor,
-        block_table: Tensor,
-        query_start: list[int],
-        seq_lens: list[int],
-        scale: float,
-    ) -> Tensor: ...
-
+__all__ = ["ENGINES", "Batch", "Engine", "Window", "get_engine"]
 
 ENGINES: dict[str, Engine] = {"reference": reference}
 
