@@ -20,14 +20,14 @@ def test_everything_has_a_default(config: Any) -> None:
 
 
 def test_settings_are_read() -> None:
-    section = {"artifact": "some/where", "engine": "reference", "digest": "abc"}
+    section = {"artifact": "some/where", "engine": "reference", "recent_window": 7, "prefill": "exact", "digest": "abc"}
     assert read_settings({"kvsplice": section, "other": 1}) == Settings(**section)
 
 
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"artefact": "x"}, ["kvsplice.artefact", "it takes artifact, engine"]),
+        ({"artefact": "x"}, ["kvsplice.artefact", "it takes artifact, engine, recent_window, prefill"]),
         ({"": 1}, ["it takes artifact, engine"]),
         ({"artifact": 3}, ["kvsplice.artifact", "string"]),
         ({"artifact": ["x"]}, ["kvsplice.artifact", "string"]),
@@ -35,6 +35,10 @@ def test_settings_are_read() -> None:
         ({"digest": 7}, ["kvsplice.digest", "string"]),
         ({"engine": "warp"}, ["engine 'warp' is unknown", *ENGINES]),
         ({"engine": ""}, ["engine '' is unknown", *ENGINES]),
+        ({"recent_window": -1}, ["kvsplice.recent_window", "greater than or equal to 0"]),
+        ({"recent_window": 1 << 30}, ["kvsplice.recent_window", "less than or equal"]),
+        ({"recent_window": "many"}, ["kvsplice.recent_window", "integer"]),
+        ({"prefill": "dense"}, ["kvsplice.prefill", "'stored' or 'exact'"]),
         (None, ["wrong at kvsplice:", "it takes artifact, engine"]),
         ([], ["wrong at kvsplice:"]),
         ("some/where", ["wrong at kvsplice:"]),

@@ -160,6 +160,10 @@ class Artifact:
         return shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * BASELINE_BITS // 8
 
     @property
+    def covers_all_layers(self) -> bool:
+        return len(self.compressed_layers) == self.manifest.model.num_layers
+
+    @property
     def bits_per_element(self) -> float:
         """Bits per key or value element over all layers, padding included."""
         return BASELINE_BITS * self.bytes_per_token / self.baseline_bytes_per_token

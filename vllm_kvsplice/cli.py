@@ -98,14 +98,24 @@ def evaluate(
     mode: Annotated[
         Mode, typer.Option(help="all: position 0 exact. serving: exactly what the server reads.")
     ] = Mode.all,
+    recent: Annotated[
+        int, typer.Option(help="Exact window: a query reads this many newest tokens as they are.", min=0)
+    ] = 0,
+    exact_prompt: Annotated[
+        int, typer.Option(help="Read this many first tokens exactly among themselves; judge what follows.", min=0)
+    ] = 0,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the figures here as well.")] = None,
 ) -> None:
     """Perplexity of a model without and with its cache compressed (every attended key and value read as stored).
 
-    Example: `kvsplice eval $(kvsplice model) smollm2-4bit --text pydoc --windows 12`
+    A server reads the newest tokens exactly (`recent_window`, 32 by default): `--recent 32` measures what it serves.
+    `--exact-prompt` does so for a server with `"prefill": "exact"`.
+
+    Example: `kvsplice eval $(kvsplice model) smollm2-4bit --text pydoc --windows 12 --recent 32`
     """
     from transformers import AutoTokenizer
 
+    from calibration.attention import Reading
     from calibration.pipeline import judge
     from calibration.text import read_text, token_windows
     from vllm_kvsplice.artifact import load_artifact
@@ -118,7 +128,10 @@ def evaluate(
     except (OSError, ValueError, KeyError) as error:
         raise KVSpliceError(f"cannot load the tokenizer of {model}; give a model directory or Hub name") from error
     tokens = token_windows(tokenizer, content, windows, context)
-    result = judge(model, loaded, tokens, mode.value, "Measuring perplexity")
+    if exact_prompt >= context:
+        raise KVSpliceError(f"--exact-prompt {exact_prompt} leaves nothing to judge of windows of {context} tokens")
+    reading = Reading(recent, exact_prompt)
+    result = judge(model, loaded, tokens, mode.value, "Measuring perplexity", reading)
     figures = {
         "baseline_ppl": result.baseline_ppl,
         "ppl": result.ppl,
@@ -129,6 +142,8 @@ def evaluate(
         "tokens": result.tokens,
         "mode": mode.value,
         "context": context,
+        "recent_window": recent,
+        "exact_prompt": exact_prompt,
     }
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)

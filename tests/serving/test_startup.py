@@ -18,9 +18,11 @@ import vllm_kvsplice
 from benchmarks.server import kvsplice_command, vllm_command
 from calibration.pipeline import CalibrationConfig, calibrate
 from tests.models import TEXT, tiny_model
+from vllm_kvsplice.artifact import make_artifact, save_artifact
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.serving import plugin
 from vllm_kvsplice.serving.backend import KVSpliceBackend, KVSpliceImpl
+from vllm_kvsplice.serving.settings import DEFAULT_WINDOW
 
 CUSTOM = "CUSTOM"
 
@@ -54,6 +56,51 @@ def test_the_digest_enters_the_configuration(configure: Callable[..., Any], serv
     assert configure(additional_config={"other": 1}).additional_config["other"] == 1
 
 
+@pytest.mark.parametrize(
+    ("section", "window"), [({}, DEFAULT_WINDOW), ({"recent_window": 5}, 5), ({"recent_window": 0}, 0)]
+)
+def test_the_window_and_its_blocks_are_filled_in(
+    configure: Callable[..., Any], section: dict[str, Any], window: int
+) -> None:
+    config = configure(additional_config={"kvsplice": section})
+    filled = config.additional_config["kvsplice"]
+    assert filled["recent_window"] == window
+    assert ("window_block" in filled) is (window > 0)
+    if window:
+        assert config.cache_config.block_size % filled["window_block"] == 0
+        assert config.cache_config.block_size % plugin.WINDOWED_BLOCK_MULTIPLE == 0
+
+
+def test_the_user_s_block_size_is_kept(configure: Callable[..., Any]) -> None:
+    config = configure(block_size=48)
+    assert config.cache_config.block_size == 48
+    assert 48 % config.additional_config["kvsplice"]["window_block"] == 0
+
+
+def test_checking_again_changes_nothing(configure: Callable[..., Any]) -> None:
+    """The engine's process checks the configuration anew after it has set another block size."""
+    config = configure()
+    before = config.additional_config
+    config.cache_config.block_size = 8
+    plugin.prepare(config)
+    assert config.additional_config == before
+
+
+def test_models_with_dense_layers_have_no_window(configure: Callable[..., Any], served: Path, tmp_path: Path) -> None:
+    artifact = plugin.open_artifact(served / "kvsplice", None)
+    layers = (None, *artifact.manifest.layers[1:])
+    tensors = {n: t[1:] if t.shape[0] == 3 and "." in n else t for n, t in artifact.tensors.items()}
+    for kind in ("key", "value"):
+        dropped = sum(1 << w for head in getattr(artifact.manifest.layers[0], kind) for w in head if w)
+        tensors[f"{kind}.levels"] = artifact.tensors[f"{kind}.levels"][dropped:]
+    save_artifact(make_artifact(artifact.manifest.model_copy(update={"layers": layers}), tensors), tmp_path / "partly")
+    section = {"artifact": str(tmp_path / "partly")}
+    config = configure(additional_config={"kvsplice": section})
+    assert config.additional_config["kvsplice"]["recent_window"] == 0
+    with pytest.raises(KVSpliceError, match=r"sliding-window layers; set recent_window to 0"):
+        configure(additional_config={"kvsplice": section | {"recent_window": 8}})
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "speculative decoding",
@@ -68,6 +115,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("cache dtype", {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
     ("block size", {"block_size": 24}, "--block-size 24"),
     ("ranks", {"tensor_parallel_size": 3}, "3 ranks|divisible"),
+    ("exact prefill alone", {"additional_config": {"kvsplice": {"prefill": "exact", "recent_window": 0}}}, "above 0"),
+    ("no hybrid manager", {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
     ("unknown setting", {"additional_config": {"kvsplice": {"artefact": "x"}}}, "kvsplice.artefact"),
     ("unknown engine", {"additional_config": {"kvsplice": {"engine": "warp"}}}, "engine 'warp' is unknown"),
     ("missing artifact", {"additional_config": {"kvsplice": {"artifact": "/nowhere"}}}, "kvsplice calibrate"),

@@ -28,9 +28,11 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_kvsplice.artifact import Artifact
 from vllm_kvsplice.codec import LayerCodec
-from vllm_kvsplice.engines import get_engine
+from vllm_kvsplice.engines import Batch, Window, get_engine
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.serving.plugin import BLOCK_MULTIPLE, served_artifact
+from vllm_kvsplice.serving.plugin import BLOCK_MULTIPLE, served_artifact, window_blocks
+from vllm_kvsplice.serving.settings import Settings
+from vllm_kvsplice.serving.window import WindowLayer, WindowMetadata
 
 logger = init_logger("vllm.kvsplice")
 
@@ -61,7 +63,9 @@ class KVSpliceBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return (KVCacheLayout.LBHNC,)
+        # Caches of different page sizes in several groups must be block-outermost; the other is for models with layers
+        # left to stock backends that know nothing else.
+        return (KVCacheLayout.BLHNC, KVCacheLayout.LBHNC)
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
@@ -89,21 +93,18 @@ def _subclass_for(layer_name: str, token_bytes: int) -> type[KVSpliceBackend]:
 
 @dataclass(frozen=True)
 class KVSpliceMetadata(AttentionMetadata):
-    """One step's batch; shapes as in `vllm_kvsplice.engines.reference`."""
+    """One step's batch, and the position of each of its T tokens, int64 [T]."""
 
     positions: Tensor
-    query_start: list[int]
-    seq_lens: list[int]
-    block_table: Tensor
+    batch: Batch
 
     @classmethod
     def of(cls, common: CommonAttentionMetadata) -> "KVSpliceMetadata":
-        start, lengths = common.query_start_loc.long(), common.seq_lens.long()
-        queries = start.diff()
+        start, lengths = common.query_start_loc, common.seq_lens
         # A token's position is its place in the step plus its sequence's distance from there.
-        shift = (lengths - start[1:]).repeat_interleave(queries)
-        positions = torch.arange(int(start[-1]), device=start.device) + shift
-        return cls(positions, start.tolist(), lengths.tolist(), common.block_table_tensor)
+        shift = (lengths - start[1:]).long().repeat_interleave(start.diff())
+        positions = torch.arange(len(shift), device=start.device) + shift
+        return cls(positions, Batch(start, lengths, common.block_table_tensor))
 
 
 class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
@@ -164,25 +165,31 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self._vllm_config = get_current_vllm_config()
-        self._engine = get_engine(served_artifact(self._vllm_config)[0].engine)
+        self._settings, self._artifact = served_artifact(self._vllm_config)
+        self._engine = get_engine(self._settings.engine)
         # Set in process_weights_after_loading, before anything runs.
         self._codec: LayerCodec
+        self._window: WindowLayer | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Bind this layer to its codec: only now does vLLM let an implementation learn whose it is."""
         context = self._vllm_config.compilation_config.static_forward_context
         name, layer = next((n, la) for n, la in context.items() if getattr(la, "impl", None) is self)
-        _, artifact = served_artifact(self._vllm_config)
         index = extract_layer_index(name)
-        if artifact.manifest.layers[index] is None or layer.head_size_v != layer.head_size:
+        if self._artifact.manifest.layers[index] is None or layer.head_size_v != layer.head_size:
             raise KVSpliceError(
                 f"the artifact has no codec for layer {index}; make it anew with: kvsplice calibrate MODEL --out DIR"
             )
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         device = next(iter(layer.parameters()), torch.empty(0)).device
-        self._codec = artifact.layer_shard(index, rank, ranks).to(device)
+        self._codec = self._artifact.layer_shard(index, rank, ranks).to(device)
         assert (self._codec.num_kv_heads, self._codec.head_dim) == (self.num_kv_heads, self.head_size)
         layer.attn_backend = _subclass_for(name, self._codec.layout.token_bytes)
+        if self._settings.recent_window:
+            assert self._settings.window_block is not None
+            hit_alignment = self._vllm_config.cache_config.block_size
+            self._window = WindowLayer(layer, self._settings.recent_window, self._settings.window_block, hit_alignment)
+            context[self._window.name] = self._window
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -192,8 +199,11 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
             return
         positions = metadata[layer.layer_name].positions
         count = len(positions)
-        pages = _pages(kv_cache)
-        self._engine.write(self._codec, key[:count], value[:count], positions, slot_mapping[:count], pages)
+        key, value = key[:count], value[:count]
+        self._engine.write(self._codec, key, value, positions, slot_mapping[:count], _pages(kv_cache))
+        if self._window:
+            slots = metadata[self._window.name].slots[:count]
+            self._engine.write_window(key, value, slots, self._window.kv_cache)
 
     def forward(
         self,
@@ -212,19 +222,26 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
             raise NotImplementedError("fused quantisation of the attention output is not supported by KVSplice")
         if attn_metadata is None:
             return output.zero_()
-        count = attn_metadata.query_start[-1]
-        attended = self._engine.attend(
-            self._codec,
-            query[:count],
-            _pages(kv_cache),
-            attn_metadata.block_table,
-            attn_metadata.query_start,
-            attn_metadata.seq_lens,
-            self.scale,
+        count = len(attn_metadata.positions)
+        output[:count] = self._engine.attend(
+            self._codec, query[:count], _pages(kv_cache), attn_metadata.batch, self.scale, self._exact(key, value)
         )
-        output[:count] = attended
         output[count:] = 0
         return output
+
+    def _exact(self, key: Tensor, value: Tensor) -> Window | None:
+        """What this step reads exactly; `key` and `value` are its own tokens', [T, H, D]."""
+        if not self._window:
+            return None
+        metadata: Any = get_forward_context().attn_metadata
+        step: WindowMetadata = metadata[self._window.name]
+        pages, table = self._window.kv_cache, step.block_table
+        if scratch := step.scratch:
+            pages, table = scratch.pages, scratch.block_table
+            pages[scratch.copied_to] = self._window.kv_cache[scratch.copied_from]
+            count = len(scratch.slots)
+            self._engine.write_window(key[:count], value[:count], scratch.slots, pages)
+        return Window(self._window.tokens, pages, table, self._settings.prefill == "exact")
 
 
 def _pages(kv_cache: Tensor) -> Tensor:
@@ -245,9 +262,12 @@ def _announce(vllm_config: VllmConfig) -> None:
         return
     _announced = True
     settings, artifact = served_artifact(vllm_config)
-    impls = [getattr(la, "impl", None) for la in vllm_config.compilation_config.static_forward_context.values()]
-    bound = sum(isinstance(impl, KVSpliceImpl) for impl in impls)
-    logger.info("KVSplice is in use: %s", describe(artifact, bound, len(impls) - bound, settings.engine))
+    layers = list(vllm_config.compilation_config.static_forward_context.values())
+    bound = sum(isinstance(getattr(layer, "impl", None), KVSpliceImpl) for layer in layers)
+    windows = sum(isinstance(layer, WindowLayer) for layer in layers)
+    dense = len(layers) - windows - bound
+    logger.info("KVSplice is in use: %s", describe(artifact, bound, dense, settings.engine))
+    logger.info("KVSplice reads exactly: %s", describe_window(vllm_config, settings))
 
 
 def describe(artifact: Artifact, compressed: int, dense: int, engine: str) -> str:
@@ -256,4 +276,16 @@ def describe(artifact: Artifact, compressed: int, dense: int, engine: str) -> st
     return (
         f"artifact {artifact.digest[:12]}, {compressed} layers compressed and {dense} dense, engine {engine}, "
         f"{before} -> {after} bytes per token ({before / after:.2f}x, {artifact.bits_per_element:.2f} bits per element)"
+    )
+
+
+def describe_window(vllm_config: VllmConfig, settings: Settings) -> str:
+    """One line for the log: what the exact window costs a sequence."""
+    if not settings.recent_window:
+        return "nothing (window 0)"
+    sizes = window_blocks(vllm_config, settings)
+    cost = sizes.window_bytes(settings.recent_window) / 1e6
+    return (
+        f"window {settings.recent_window} tokens: {cost:.1f} MB a sequence "
+        f"(blocks of {sizes.codes} compressed or {sizes.raw} exact tokens), prefill {settings.prefill}"
     )

@@ -13,17 +13,28 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_kvsplice.artifact import Artifact
 from vllm_kvsplice.doctor import TESTED_VLLM, vllm_version
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.serving.settings import NAMESPACE, Settings, locate_artifact, open_artifact, read_settings
+from vllm_kvsplice.serving.settings import (
+    DEFAULT_WINDOW,
+    NAMESPACE,
+    Settings,
+    locate_artifact,
+    open_artifact,
+    read_settings,
+)
+from vllm_kvsplice.serving.window_blocks import BlockSizes, block_sizes, register_window_spec
 
 BACKEND_PATH = "vllm_kvsplice.serving.backend.KVSpliceBackend"
 # A page of N tokens keeps every byte plane aligned to N; vector loads want at least this many.
 BLOCK_MULTIPLE = 16
+# vLLM's CPU platform warns of block sizes that are no multiple of 32.
+WINDOWED_BLOCK_MULTIPLE = 32
 UNTESTED_VARIABLE = "VLLM_KVSPLICE_ALLOW_UNTESTED"
 _WRAPPED = "_kvsplice_wrapped"
 
@@ -33,6 +44,7 @@ logger = init_logger("vllm.kvsplice")
 def register() -> None:
     """Make the backend selectable as CUSTOM. Safe to call again."""
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
+    register_window_spec()
     platform: Any = type(current_platform)
     if not getattr(platform, _WRAPPED, False):
         _wrap_backend_choice(platform)
@@ -62,23 +74,49 @@ def served_artifact(vllm_config: VllmConfig) -> tuple[Settings, Artifact]:
 
 
 def prepare(vllm_config: VllmConfig) -> None:
-    """Check a configuration that asks for KVSplice and write the artifact's digest into it.
+    """Check a configuration that asks for KVSplice and write into it what follows: digest, window, block sizes.
 
     Raises:
         KVSpliceError: it cannot be served; the message says why and what to change.
 
     """
     settings, artifact = served_artifact(vllm_config)
+    if settings.digest is not None:
+        # Seen before: vLLM checks copies again in every process, the engine's with the smallest block size of the groups.
+        return
     artifact.check_model(vllm_config.model_config.hf_config)
-    reasons = [reason for present, reason in _refusals(vllm_config) if present]
+    if settings.recent_window is None:
+        window = DEFAULT_WINDOW if artifact.covers_all_layers else 0
+        settings = settings.model_copy(update={"recent_window": window})
+    reasons = [reason for present, reason in _refusals(vllm_config, settings, artifact) if present]
     if reasons:
         raise KVSpliceError(f"KVSplice cannot serve this configuration: {'; '.join(reasons)}")
-    section = settings.model_dump(exclude_none=True) | {"digest": artifact.digest}
+    filled_in: dict[str, Any] = {"digest": artifact.digest}
+    if settings.recent_window:
+        sizes = window_blocks(vllm_config, settings)
+        filled_in["window_block"] = sizes.raw
+        vllm_config.cache_config.block_size = sizes.codes
+        # Otherwise the platform puts its own default in its place.
+        vllm_config.cache_config.user_specified_block_size = True
+    section = settings.model_dump(exclude_none=True) | filled_in
     given = vllm_config.additional_config
     vllm_config.additional_config = {**(given if isinstance(given, dict) else {}), NAMESPACE: section}
 
 
-def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+def window_blocks(vllm_config: VllmConfig, settings: Settings) -> BlockSizes:
+    """Block sizes of both caches; those of the largest rank where tensor-parallel ranks differ."""
+    _, artifact = served_artifact(vllm_config)
+    assert settings.recent_window
+    cache, ranks = vllm_config.cache_config, vllm_config.parallel_config.tensor_parallel_size
+    shards = [artifact.layer_shard(index, 0, ranks) for index in artifact.compressed_layers]
+    dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, vllm_config.model_config)
+    raw_bytes = sum(2 * shard.num_kv_heads * shard.head_dim * dtype.itemsize for shard in shards)
+    code_bytes = sum(shard.layout.token_bytes for shard in shards)
+    chosen = cache.block_size if cache.user_specified_block_size else None
+    return block_sizes(code_bytes, raw_bytes, settings.recent_window, WINDOWED_BLOCK_MULTIPLE, chosen)
+
+
+def _refusals(vllm_config: VllmConfig, settings: Settings, artifact: Artifact) -> list[tuple[bool, str]]:
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     model = vllm_config.model_config
     block_size = cache.block_size if cache.user_specified_block_size else BLOCK_MULTIPLE
@@ -108,6 +146,19 @@ def _refusals(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
         ),
         (heads % ranks != 0 and ranks % heads != 0, f"{heads} KV heads cannot be spread over {ranks} ranks"),
         (block_size % BLOCK_MULTIPLE != 0, f"--block-size {block_size} is not a multiple of {BLOCK_MULTIPLE}"),
+        (
+            bool(settings.recent_window) and not artifact.covers_all_layers,
+            "the exact window needs every layer compressed, and this model has sliding-window layers; "
+            "set recent_window to 0",
+        ),
+        (
+            bool(settings.recent_window) and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True,
+            "the exact window needs vLLM's hybrid KV cache manager, drop --disable-hybrid-kv-cache-manager",
+        ),
+        (
+            settings.prefill == "exact" and not settings.recent_window,
+            "prefill exact needs an exact window, set recent_window above 0",
+        ),
         (model.use_mla, "multi-head latent attention models have no KV heads to compress"),
         (model.is_encoder_decoder, "encoder-decoder models are not supported"),
         (

@@ -3,15 +3,19 @@
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_kvsplice.artifact import Artifact, load_artifact
 from vllm_kvsplice.engines import get_engine
 from vllm_kvsplice.errors import ArtifactError, KVSpliceError
 
 NAMESPACE = "kvsplice"
+# Quality and memory by window: docs/window.md.
+DEFAULT_WINDOW = 32
+MAX_WINDOW = 1 << 20
+FILLED_IN = ("digest", "window_block")
 
 
 class Settings(BaseModel):
@@ -20,8 +24,12 @@ class Settings(BaseModel):
     Attributes:
         artifact: directory, or name on the Hugging Face Hub; None means the folder `kvsplice` of the model.
         engine: kernel implementation.
+        recent_window: W; a query reads the last W tokens exactly. 0: everything as stored. Filled in at start.
+        prefill: `stored` reads a prompt by the same rule. `exact` reads all of a step's own tokens exactly, so that a
+            prompt's states are better and the answer depends on how it was cut into steps.
         digest: of the artifact. Filled in at start, so that it enters vLLM's hash of the configuration and every process
             reads the same artifact.
+        window_block: tokens in a block of the window's cache. Filled in at start.
 
     """
 
@@ -29,7 +37,10 @@ class Settings(BaseModel):
 
     artifact: str | None = None
     engine: str = "reference"
+    recent_window: int | None = Field(default=None, ge=0, le=MAX_WINDOW)
+    prefill: Literal["stored", "exact"] = "stored"
     digest: str | None = None
+    window_block: int | None = None
 
 
 def read_settings(additional_config: Any) -> Settings:
@@ -40,7 +51,7 @@ def read_settings(additional_config: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, (NAMESPACE, *first["loc"])))
-        choices = ", ".join(name for name in Settings.model_fields if name != "digest")
+        choices = ", ".join(name for name in Settings.model_fields if name not in FILLED_IN)
         raise KVSpliceError(f"additional_config is wrong at {where}: {first['msg']}; it takes {choices}") from error
     get_engine(settings.engine)
     return settings
