@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -17,7 +19,31 @@ ATTENTION = "kvsplice"
 # (layer index, key, value) -> (key, value); keys are rotated, tensors are [batch, H, T, D].
 Tap = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-_active: list[Tap] = []
+
+@dataclass(frozen=True)
+class Reading:
+    """Which tokens a query reads as they are; all others it reads as the tap returns them.
+
+    Attributes:
+        recent: W; a query at position i reads j > i - W exactly (`vllm_kvsplice.engines.Window`).
+        prompt: queries before this position read everything exactly, as those of a prompt that a server with
+            ``prefill: exact`` reads in one step.
+
+    """
+
+    recent: int = 0
+    prompt: int = 0
+
+    def exact(self, tokens: int, device: torch.device) -> Tensor:
+        """bool [T, T]: whether the query of the row reads the token of the column exactly."""
+        positions = torch.arange(tokens, device=device)
+        query = positions[:, None]
+        return (positions > query - self.recent) | (query < self.prompt)
+
+
+AS_STORED = Reading()
+
+_active: list[tuple[Tap, Reading]] = []
 
 
 def _tapped_attention(
@@ -32,8 +58,24 @@ def _tapped_attention(
         raise KVSpliceError("this model caps its attention logits, which KVSplice does not support")
     # Layers with a sliding window keep their dense cache in the server, so nothing is measured or changed there.
     if _active and options.get("sliding_window") is None:
-        key, value = _active[-1](module.layer_idx, key, value)
+        tap, reading = _active[-1]
+        stored = tap(module.layer_idx, key, value)
+        if reading == AS_STORED:
+            key, value = stored
+        else:
+            key, value, attention_mask = _mixed(stored, (key, value), attention_mask, reading)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def _mixed(
+    stored: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], mask: Tensor | None, reading: Reading
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every token twice, as stored and as it is, under a mask that shows each query one of the two."""
+    tokens = exact[0].shape[2]
+    read_exactly = reading.exact(tokens, exact[0].device)
+    visible = torch.ones_like(read_exactly).tril() if mask is None else mask
+    key, value = (torch.cat(pair, 2) for pair in zip(stored, exact, strict=True))
+    return key, value, torch.cat((visible & ~read_exactly, visible & read_exactly), -1)
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _tapped_attention)
@@ -41,13 +83,15 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
 
 
 @contextmanager
-def tapped(model: PreTrainedModel, tap: Tap) -> Iterator[None]:
+def tapped(model: PreTrainedModel, tap: Tap, reading: Reading = AS_STORED) -> Iterator[None]:
     """Within this block, every full-attention layer of `model` attends to what `tap` returns.
+
+    What `reading` exempts it attends to as it is.
 
     The model must have been loaded with ``attn_implementation="kvsplice"`` (`calibration.models.load_model` does).
     """
     assert model.config._attn_implementation == ATTENTION, "load the model with calibration.models.load_model"
-    _active.append(tap)
+    _active.append((tap, reading))
     try:
         yield
     finally:

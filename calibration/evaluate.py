@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from calibration.attention import Tap, tapped
+from calibration.attention import AS_STORED, Reading, Tap, tapped
 from vllm_kvsplice.codec import LayerCodec
 
 # all: every key and value as stored, position 0 exact. serving: position 0 as the server has it, too.
@@ -35,16 +35,27 @@ def evaluate(
     windows: Tensor,
     mode: Mode,
     progress: Callable[[], None],
+    reading: Reading = AS_STORED,
 ) -> Evaluation:
-    """Judge `codecs` (by layer index; others stay dense) on token ids `windows` [W, T]; `progress` is called per window."""
+    """Judge `codecs` on windows of text; where a prompt is read exactly, on what follows it.
+
+    Args:
+        model: loaded with `calibration.models.load_model`.
+        codecs: by layer index; other layers stay dense.
+        windows: token ids [W, T].
+        mode: how position 0 is read.
+        progress: called once per window.
+        reading: which tokens are read exactly.
+
+    """
     tap = compressing_tap(codecs, mode)
     plain = squeezed = 0.0
     for window in windows:
-        plain += _loss(model, window)
-        with tapped(model, tap):
-            squeezed += _loss(model, window)
+        plain += _loss(model, window, reading.prompt)
+        with tapped(model, tap, reading):
+            squeezed += _loss(model, window, reading.prompt)
         progress()
-    tokens = len(windows) * (windows.shape[1] - 1)
+    tokens = len(windows) * (windows.shape[1] - max(1, reading.prompt))
     return Evaluation(math.exp(plain / tokens), math.exp(squeezed / tokens), tokens)
 
 
@@ -72,8 +83,8 @@ def _restore(codec: LayerCodec, key: Tensor, value: Tensor, mode: Mode) -> tuple
 
 
 @torch.no_grad()
-def _loss(model: PreTrainedModel, window: Tensor) -> float:
-    """Summed negative log-likelihood of a window's tokens but the first, in nats."""
-    window = window.to(model.device)
-    logits = model(window[None], use_cache=False).logits[0, :-1].float()
-    return float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+def _loss(model: PreTrainedModel, window: Tensor, prompt: int) -> float:
+    """Summed negative log-likelihood of a window's tokens after its `prompt` ones, or but the first, in nats."""
+    window, first = window.to(model.device), max(1, prompt)
+    logits = model(window[None], use_cache=False).logits[0, first - 1 : -1].float()
+    return float(torch.nn.functional.cross_entropy(logits, window[first:], reduction="sum"))

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calibration import fit
+from calibration.attention import AS_STORED, Reading
 from calibration.evaluate import Evaluation, Mode, evaluate
 from calibration.models import fast_dtype, load_model, longest_context, rotary_of
 from calibration.plan import Plan, budget_for_bits, plan_budget
@@ -216,10 +217,17 @@ def _judge(model_name: str, artifact: Artifact, windows: Tensor) -> Quality:
     )
 
 
-def judge(model_name: str, artifact: Artifact, windows: Tensor, mode: Mode, description: str) -> Evaluation:
+def judge(
+    model_name: str,
+    artifact: Artifact,
+    windows: Tensor,
+    mode: Mode,
+    description: str,
+    reading: Reading = AS_STORED,
+) -> Evaluation:
     """Evaluate `artifact` on token ids [W, T] with a progress bar; raises `ArtifactError` if it is another model's."""
     model, _ = load_model(model_name, torch.float32)
     artifact.check_model(model.config)
     codecs = {index: artifact.layer(index).to(model.device) for index in artifact.compressed_layers}
     with steps(description, len(windows)) as progress:
-        return evaluate(model, codecs, windows, mode, progress)
+        return evaluate(model, codecs, windows, mode, progress, reading)
