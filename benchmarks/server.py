@@ -35,11 +35,14 @@ class Server:
         return sum(found)
 
     def cache_tokens(self) -> int:
-        """Tokens that fit the KV cache, from the server's own account of its blocks."""
+        """Tokens that fit the KV cache in sequences of the model's length, by the server's own account."""
+        return int(self.cache_config()["kv_cache_size_tokens"])
+
+    def cache_config(self) -> dict[str, str]:
+        """vLLM's cache configuration as it reports it."""
         info = next(line for line in self._metrics() if line.startswith("vllm:cache_config_info{"))
-        labels = dict(part.split("=", 1) for part in info[info.index("{") + 1 : info.rindex("}")].split('",'))
-        blocks, size = (int(labels[name].strip('"')) for name in ("num_gpu_blocks", "block_size"))
-        return blocks * size
+        parts = info[info.index("{") + 1 : info.rindex("}")].split('",')
+        return {name: value.strip('"') for name, value in (part.split("=", 1) for part in parts)}
 
     def post(self, path: str, body: object) -> int:
         """Status of a POST: of `body` as JSON, or of raw bytes."""

@@ -9,19 +9,21 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.server import Server
-from calibration.attention import tapped
+from calibration.attention import Reading, tapped
 from calibration.evaluate import compressing_tap
 from vllm_kvsplice.artifact import Artifact
+from vllm_kvsplice.serving.settings import DEFAULT_WINDOW
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer: tokens as text, their log-probabilities, the runner-up's, and the prompt's own."""
+    """A greedy answer: tokens as text, their log-probabilities, the runner-up's, the prompt's own, and its prefix hit."""
 
     tokens: list[str]
     logprobs: list[float]
     second: list[float]
     prompt_logprobs: list[float]
+    cached_tokens: int | None = None
 
     def without_prompt(self) -> "Answer":
         return replace(self, prompt_logprobs=[])
@@ -75,10 +77,12 @@ def largest(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 @torch.no_grad()
-def hf_prompt_logprobs(model: PreTrainedModel, prompt: list[int], artifact: Artifact | None) -> list[float]:
+def hf_prompt_logprobs(
+    model: PreTrainedModel, prompt: list[int], artifact: Artifact | None, window: int = DEFAULT_WINDOW
+) -> list[float]:
     """Log-probabilities of a prompt's tokens but the first, by the Hugging Face path, without artifact uncompressed."""
     codecs = {index: artifact.layer(index) for index in artifact.compressed_layers} if artifact else {}
     tokens = torch.tensor(prompt)
-    with tapped(model, compressing_tap(codecs, "serving")):
+    with tapped(model, compressing_tap(codecs, "serving"), Reading(window)):
         logits = model(tokens[None], use_cache=False).logits[0, :-1]
     return logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0].tolist()

@@ -1,0 +1,122 @@
+"""What an exact window buys and costs, for `docs/window.md`: perplexity by window and bits, and memory by window.
+
+    python -m benchmarks.window --text HELD_OUT_TEXT ARTIFACT...
+
+Perplexity is measured on the default model as `kvsplice eval --recent W` does (mode `all`); memory is what vLLM's blocks
+take, by the same functions that a server uses. Rows go to build/bench/window.json.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from calibration.attention import Reading
+from calibration.evaluate import evaluate
+from calibration.models import default_model, load_model
+from calibration.pipeline import steps
+from calibration.text import read_text, token_windows
+from vllm_kvsplice.artifact import Artifact, load_artifact
+from vllm_kvsplice.serving.plugin import WINDOWED_BLOCK_MULTIPLE
+from vllm_kvsplice.serving.window_blocks import WindowSpec, block_sizes
+
+WINDOWS = (0, 8, 16, 32, 64, 128)
+CONTEXTS = (1024, 4096, 16384)
+SEQUENCES = (1, 8, 64)
+# vLLM's own block size on CPU without a window, and tokens of one step of prefill.
+STOCK_BLOCK, STEP = 128, 2048
+RESULT = Path("build/bench/window.json")
+
+console = Console()
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("artifacts", nargs="+", help="of the default model")
+    parser.add_argument("--text", required=True, help="as for kvsplice eval")
+    parser.add_argument("--windows", type=int, default=12, help="of text")
+    options = parser.parse_args()
+    artifacts = [load_artifact(path) for path in options.artifacts]
+    rows = [*quality_rows(artifacts, options.text, options.windows), *memory_rows(artifacts)]
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+    console.print(f"Wrote {RESULT}")
+
+
+def quality_rows(artifacts: list[Artifact], text: str, count: int) -> list[dict[str, float]]:
+    """Change of perplexity in percent, by bits and window."""
+    path = str(default_model())
+    model, _ = load_model(path, torch.float32)
+    tokens = token_windows(AutoTokenizer.from_pretrained(path), read_text(text), count, 1024)
+    table = Table("bits", *map(str, WINDOWS), title="Change of perplexity by exact window, %", title_justify="left")
+    rows = []
+    for artifact in artifacts:
+        artifact.check_model(model.config)
+        codecs = {index: artifact.layer(index) for index in artifact.compressed_layers}
+        changes = []
+        for window in WINDOWS:
+            with steps(f"{artifact.bits_per_element:.2f} bits, window {window}", count) as progress:
+                result = evaluate(model, codecs, tokens, "all", progress, Reading(window))
+            changes.append(result.change_percent)
+            rows.append({"bits": artifact.bits_per_element, "window": window, "change_percent": changes[-1]})
+        table.add_row(f"{artifact.bits_per_element:.2f}", *(f"{change:+.2f}" for change in changes))
+    console.print(table)
+    return rows
+
+
+def memory_rows(artifacts: list[Artifact]) -> list[dict[str, float]]:
+    """How many times the tokens of stock vLLM fit the same memory, by bits, window, context and sequences."""
+    rows = []
+    for artifact in artifacts:
+        bits = f"{artifact.bits_per_element:.2f} bits"
+        title = f"Tokens in the same memory, times stock, {bits} (while a step of {STEP} tokens runs)"
+        cases = [(context, sequences) for context in CONTEXTS for sequences in SEQUENCES]
+        table = Table("window", *(f"{n} x {c // 1024}k" for c, n in cases), title=title, title_justify="left")
+        for window in WINDOWS:
+            cells = []
+            for context, sequences in cases:
+                stock = sequences * -(-context // STOCK_BLOCK) * STOCK_BLOCK * artifact.baseline_bytes_per_token
+                ratios = [stock / memory_bytes(artifact, window, context, sequences, step) for step in (0, STEP)]
+                cells.append(f"{ratios[0]:.2f} ({ratios[1]:.2f})")
+                rows.append(
+                    {
+                        "bits": artifact.bits_per_element,
+                        "window": window,
+                        "context": context,
+                        "sequences": sequences,
+                        "times_stock": ratios[0],
+                        "times_stock_in_prefill": ratios[1],
+                    }
+                )
+            table.add_row(str(window), *cells)
+        console.print(table)
+    return rows
+
+
+def memory_bytes(artifact: Artifact, window: int, context: int, sequences: int, step: int) -> int:
+    """Bytes of all blocks that `sequences` of `context` tokens hold, `step` of their tokens being those of one step."""
+    if not window:
+        return sequences * -(-context // STOCK_BLOCK) * STOCK_BLOCK * artifact.bytes_per_token
+    sizes = block_sizes(
+        artifact.bytes_per_token, artifact.baseline_bytes_per_token, window, WINDOWED_BLOCK_MULTIPLE, None
+    )
+    spec = WindowSpec(
+        block_size=sizes.raw,
+        num_kv_heads=1,
+        head_size=1,
+        dtype=torch.bfloat16,
+        sliding_window=window,
+        hit_alignment=sizes.codes,
+    )
+    in_flight = spec.max_admission_blocks_per_request(step, sequences * context) if step else spec.window_blocks
+    blocks = sequences * -(-context // sizes.codes) + (sequences - 1) * spec.window_blocks + in_flight
+    return blocks * sizes.block_bytes
+
+
+if __name__ == "__main__":
+    main()
