@@ -22,13 +22,13 @@ from calibration.pipeline import steps
 from calibration.text import read_text, token_windows
 from vllm_kvsplice.artifact import Artifact, load_artifact
 from vllm_kvsplice.serving.plugin import WINDOWED_BLOCK_MULTIPLE
-from vllm_kvsplice.serving.window_blocks import WindowSpec, block_sizes
+from vllm_kvsplice.serving.window_blocks import block_sizes
 
 WINDOWS = (0, 8, 16, 32, 64, 128)
 CONTEXTS = (1024, 4096, 16384)
 SEQUENCES = (1, 8, 64)
-# vLLM's own block size on CPU without a window, and tokens of one step of prefill.
-STOCK_BLOCK, STEP = 128, 2048
+# vLLM's own block size on CPU, and ours without a window.
+STOCK_BLOCK = 128
 RESULT = Path("build/bench/window.json")
 
 console = Console()
@@ -72,50 +72,36 @@ def quality_rows(artifacts: list[Artifact], text: str, count: int) -> list[dict[
 def memory_rows(artifacts: list[Artifact]) -> list[dict[str, float]]:
     """How many times the tokens of stock vLLM fit the same memory, by bits, window, context and sequences."""
     rows = []
+    cases = [(context, sequences) for context in CONTEXTS for sequences in SEQUENCES]
     for artifact in artifacts:
-        bits = f"{artifact.bits_per_element:.2f} bits"
-        title = f"Tokens in the same memory, times stock, {bits} (while a step of {STEP} tokens runs)"
-        cases = [(context, sequences) for context in CONTEXTS for sequences in SEQUENCES]
+        title = f"Tokens in the same memory, times stock, {artifact.bits_per_element:.2f} bits"
         table = Table("window", *(f"{n} x {c // 1024}k" for c, n in cases), title=title, title_justify="left")
         for window in WINDOWS:
-            cells = []
+            ratios = []
             for context, sequences in cases:
                 stock = sequences * -(-context // STOCK_BLOCK) * STOCK_BLOCK * artifact.baseline_bytes_per_token
-                ratios = [stock / memory_bytes(artifact, window, context, sequences, step) for step in (0, STEP)]
-                cells.append(f"{ratios[0]:.2f} ({ratios[1]:.2f})")
+                ratios.append(stock / memory_bytes(artifact, window, context, sequences))
                 rows.append(
                     {
                         "bits": artifact.bits_per_element,
                         "window": window,
                         "context": context,
                         "sequences": sequences,
-                        "times_stock": ratios[0],
-                        "times_stock_in_prefill": ratios[1],
+                        "times_stock": ratios[-1],
                     }
                 )
-            table.add_row(str(window), *cells)
+            table.add_row(str(window), *(f"{ratio:.2f}" for ratio in ratios))
         console.print(table)
     return rows
 
 
-def memory_bytes(artifact: Artifact, window: int, context: int, sequences: int, step: int) -> int:
-    """Bytes of all blocks that `sequences` of `context` tokens hold, `step` of their tokens being those of one step."""
+def memory_bytes(artifact: Artifact, window: int, context: int, sequences: int) -> int:
+    """Bytes of all blocks that `sequences` of `context` tokens hold while one of them is in a step of prefill."""
     if not window:
         return sequences * -(-context // STOCK_BLOCK) * STOCK_BLOCK * artifact.bytes_per_token
-    sizes = block_sizes(
-        artifact.bytes_per_token, artifact.baseline_bytes_per_token, window, WINDOWED_BLOCK_MULTIPLE, None
-    )
-    spec = WindowSpec(
-        block_size=sizes.raw,
-        num_kv_heads=1,
-        head_size=1,
-        dtype=torch.bfloat16,
-        sliding_window=window,
-        hit_alignment=sizes.codes,
-    )
-    in_flight = spec.max_admission_blocks_per_request(step, sequences * context) if step else spec.window_blocks
-    blocks = sequences * -(-context // sizes.codes) + (sequences - 1) * spec.window_blocks + in_flight
-    return blocks * sizes.block_bytes
+    compressed, dense = artifact.bytes_per_token, artifact.baseline_bytes_per_token
+    sizes = block_sizes(compressed, dense, window, WINDOWED_BLOCK_MULTIPLE, None)
+    return sequences * -(-context // sizes.codes) * sizes.block_bytes + (sequences + 1) * sizes.window_bytes(window)
 
 
 if __name__ == "__main__":

@@ -77,9 +77,12 @@ class Pool:
         for token in range(first, end):
             if block := blocks[token // self.spec.block_size]:
                 self.memory[block, token % self.spec.block_size] = hash(tuple(request.all_token_ids[: token + 1]))
-        held = sum(block != 0 for block in blocks)
+        held = sum(block != 0 and not self._for_a_hit(number, end) for number, block in enumerate(blocks))
         most = self.spec.max_admission_blocks_per_request(STEP, LONGEST)
         expect(held <= most, f"{held} blocks are within the {most} that admission reckons with")
+
+    def _for_a_hit(self, block: int, tokens: int) -> bool:
+        return self.spec.before_hit(block) and not self.spec.needed(block, tokens)
 
 
 def prompts(chance: random.Random) -> Iterator[list[int]]:
@@ -145,6 +148,14 @@ def test_a_chunk_holds_few_blocks(window: int, raw: int) -> None:
     assert len(held) <= pool.spec.window_blocks
 
 
+def test_a_crowded_pool_keeps_no_windows_for_hits() -> None:
+    prompt = list(range(200))
+    crowded = Pool(20, 8, 14, caching=True)
+    assert crowded.step(crowded.request("one", prompt), 127)
+    held = [block for block in crowded.manager.get_block_ids("one")[1] if block]
+    assert len(held) <= crowded.spec.window_blocks
+
+
 def test_hits_end_where_a_window_was_kept() -> None:
     pool = Pool(20, 8, 1000, caching=True)
     prompt = list(range(200))
@@ -156,13 +167,13 @@ def test_hits_end_where_a_window_was_kept() -> None:
 
 
 def test_planted_fault_a_token_too_few_kept_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WindowSpec, "kept", lambda spec, block, tokens, caching: (block + 1) * 8 > tokens - 10)
+    monkeypatch.setattr(WindowSpec, "needed", lambda spec, block, tokens: (block + 1) * 8 > tokens - 10)
     with pytest.raises(AssertionError, match=r"broken promise: token .* has a block"):
         serve(Pool(20, 8, 150, caching=True), 1)
 
 
 def test_planted_fault_windows_before_hits_dropped_finds_no_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WindowSpec, "kept", lambda spec, block, tokens, caching: (block + 1) * 8 > tokens - 19)
+    monkeypatch.setattr(WindowSpec, "before_hit", lambda spec, block: False)
     dropped, kept = Pool(20, 8, 150, caching=True), Pool(20, 8, 150, caching=True)
     serve(dropped, 1)
     monkeypatch.undo()

@@ -24,6 +24,8 @@ TYPICAL_TOKENS = 4096
 LARGEST_BLOCK = 256
 # Memory that may be given away for longer blocks, which kernels walk faster.
 SLACK = 1.02
+# Share of the pool that must stay free for other requests before a step keeps windows for prefix hits alone.
+SPARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -86,34 +88,33 @@ class WindowSpec(SlidingWindowSpec):
         """The most blocks that the last W tokens of a sequence lie in."""
         return cdiv(self.sliding_window - 1, self.block_size) + 1
 
-    def kept(self, block: int, tokens: int, caching: bool) -> bool:
-        """Whether a sequence of `tokens` needs its block number `block` after this step."""
+    def needed(self, block: int, tokens: int) -> bool:
+        """Whether a later step of a sequence of `tokens` reads its block number `block`."""
+        return (block + 1) * self.block_size > tokens - self.sliding_window + 1
+
+    def before_hit(self, block: int) -> bool:
+        """Whether a prefix hit reads it: the W - 1 tokens before a multiple of `hit_alignment`."""
         end = (block + 1) * self.block_size
-        if end > tokens - self.sliding_window + 1:
-            return True
-        # A hit reads the W - 1 tokens before the next multiple of `hit_alignment`.
-        return caching and end > cdiv(end, self.hit_alignment) * self.hit_alignment - self.sliding_window + 1
+        return end > cdiv(end, self.hit_alignment) * self.hit_alignment - self.sliding_window + 1
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """The most blocks that a request holds at any time: windows before and after a step, and before places of hits."""
-        tokens = min(max_in_flight_tokens, max_model_len)
-        per_hit = min(cdiv(self.sliding_window - 1, self.block_size), self.hit_alignment // self.block_size)
-        return min(
-            2 * self.window_blocks + cdiv(tokens, self.hit_alignment) * per_hit,
-            super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len),
-        )
+        """The most blocks that a request needs at any time: the windows before and after a step."""
+        vllm_reckons = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        return min(2 * self.window_blocks, vllm_reckons)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """What a sequence costs while it decodes, which is what vLLM's report of how many fit should count.
 
-        vLLM would add the tokens of a whole step to each sequence, but a step has them only once. Admission still reckons
-        with them, and `window.WindowLayer.bind_kv_cache` makes sure that the pool can hold them.
+        vLLM would add the tokens of a whole step to each sequence, and these never have a place here.
         """
         return self.window_blocks * self.page_size_bytes
 
 
 class WindowManager(SlidingWindowManager):
-    """Blocks of the window of each request, with vLLM's null block where none is kept."""
+    """Blocks of the window of each request, with vLLM's null block where none is kept.
+
+    A step keeps the window that the next one reads and, while memory is plenty, every window that a prefix hit would read.
+    """
 
     kv_cache_spec: WindowSpec
 
@@ -133,14 +134,14 @@ class WindowManager(SlidingWindowManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """See `SingleTypeKVCacheManager`; of the new blocks, only those kept."""
+        """See `SingleTypeKVCacheManager`; of the new blocks, only those that the next step reads."""
         held = len(self.req_to_blocks.get(request_id, ()))
         evictable = 0
         if request_id not in self.num_cached_block:
             skipped = self.get_num_skipped_tokens(total_computed_tokens) // self.block_size
             evictable = self._get_num_evictable_blocks(new_computed_blocks[max(0, skipped - held) :])
             held = max(skipped, held + len(new_computed_blocks))
-        needed = len(self._kept(held, num_tokens))
+        needed = len(self._needed(held, num_tokens))
         if apply_admission_cap and self.max_admission_blocks_per_request is not None:
             needed = min(needed, self.max_admission_blocks_per_request)
         return needed + evictable
@@ -148,7 +149,9 @@ class WindowManager(SlidingWindowManager):
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """See `SingleTypeKVCacheManager`; null blocks stand for those not kept."""
         blocks = self.req_to_blocks[request_id]
-        kept = self._kept(len(blocks), num_tokens)
+        kept = self._needed(len(blocks), num_tokens)
+        if self.enable_caching:
+            kept = self._with_hits(kept, len(blocks), num_tokens)
         fresh = self.block_pool.get_new_blocks(len(kept))
         new = [self._null_block] * max(0, cdiv(num_tokens, self.block_size) - len(blocks))
         for index, block in zip(kept, fresh, strict=True):
@@ -158,10 +161,18 @@ class WindowManager(SlidingWindowManager):
             self.new_block_ids.extend(block.block_id for block in fresh)
         return new
 
-    def _kept(self, first: int, tokens: int) -> list[int]:
+    def _needed(self, first: int, tokens: int) -> list[int]:
         """Numbers of the blocks from `first` on that a sequence of `tokens` needs after this step."""
         blocks = range(first, cdiv(tokens, self.block_size))
-        return [block for block in blocks if self.kv_cache_spec.kept(block, tokens, self.enable_caching)]
+        return [block for block in blocks if self.kv_cache_spec.needed(block, tokens)]
+
+    def _with_hits(self, needed: list[int], first: int, tokens: int) -> list[int]:
+        """`needed` and the blocks of a step that prefix hits would read, if enough memory is left for other requests."""
+        spec = self.kv_cache_spec
+        kept = [b for b in range(first, cdiv(tokens, self.block_size)) if b in needed or spec.before_hit(b)]
+        codes = cdiv(tokens, spec.hit_alignment) - first * self.block_size // spec.hit_alignment
+        free = self.block_pool.get_num_free_blocks() - codes - len(kept)
+        return kept if free >= self.block_pool.num_gpu_blocks * SPARE else needed
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         """See `SingleTypeKVCacheManager`, which stops at the first null block; here they lie between others."""
