@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibration import pipeline
-from calibration.attention import tapped
+from calibration.attention import AS_STORED, Reading, tapped
 from calibration.evaluate import compressing_tap, evaluate
 from calibration.models import load_model
 from calibration.pipeline import CalibrationConfig, calibrate, read_config
@@ -157,6 +157,32 @@ class TestEveryFamily:
         assert result.change_percent == pytest.approx(100 * (result.ppl - result.baseline_ppl) / result.baseline_ppl)
         # Without codecs nothing is compressed.
         assert evaluate(model, {}, windows, "all", lambda: None).change_percent == pytest.approx(0, abs=1e-4)
+
+    def test_window_of_the_whole_context_is_dense_and_none_is_the_pure_codec(self, calibrated):
+        model, tokenizer = load_model(str(calibrated.model), torch.float32)
+        windows = token_windows(tokenizer, TEXT[-4000:], 2, 48)
+
+        def change(reading: Reading) -> float:
+            return abs(evaluate(model, coded, windows, "serving", lambda: None, reading).change_percent)
+
+        coded = codecs(calibrated.artifacts[2.0])
+        pure, narrow, whole = (change(Reading(recent)) for recent in (0, 40, 48))
+        assert pure == change(AS_STORED)
+        assert whole == pytest.approx(0, abs=1e-4)
+        assert narrow > 1e-4
+
+    def test_exact_prompt_is_judged_on_what_follows_it(self, calibrated):
+        model, tokenizer = load_model(str(calibrated.model), torch.float32)
+        windows = token_windows(tokenizer, TEXT[-4000:], 2, 48)
+        coded = codecs(calibrated.artifacts[2.0])
+        result = evaluate(model, coded, windows, "serving", lambda: None, Reading(prompt=47))
+        assert result.tokens == 2
+        with torch.no_grad():
+            told = model(windows, use_cache=False).logits[:, 46].log_softmax(-1).gather(1, windows[:, 47:])
+        assert result.baseline_ppl == pytest.approx(float(torch.exp(-told.mean())), rel=1e-4)
+        # The prompt's last query predicts this token, and it reads everything exactly.
+        assert result.change_percent == pytest.approx(0, abs=1e-4)
+        assert abs(evaluate(model, coded, windows, "serving", lambda: None, Reading(prompt=40)).change_percent) > 1e-4
 
 
 class TestMeasurements:

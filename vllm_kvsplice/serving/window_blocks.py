@@ -36,17 +36,17 @@ class BlockSizes:
     raw: int
     block_bytes: int
 
+    def window_blocks(self, window: int) -> int:
+        """The most blocks that the last `window` tokens lie in, as they begin anywhere in one."""
+        return cdiv(window - 1, self.raw) + 1
+
     def window_bytes(self, window: int) -> int:
         """The most that the exact window of one decoding sequence takes."""
-        return self._window_blocks(window) * self.block_bytes
+        return self.window_blocks(window) * self.block_bytes
 
     def sequence_bytes(self, tokens: int, window: int) -> float:
         """Expected bytes of a sequence; its last block of codes is half full."""
-        return (tokens / self.codes + 0.5 + self._window_blocks(window)) * self.block_bytes
-
-    def _window_blocks(self, window: int) -> int:
-        # W tokens that begin anywhere in a block.
-        return cdiv(window - 1, self.raw) + 1
+        return (tokens / self.codes + 0.5 + self.window_blocks(window)) * self.block_bytes
 
 
 def block_sizes(code_bytes: int, raw_bytes: int, window: int, multiple: int, block_size: int | None) -> BlockSizes:
