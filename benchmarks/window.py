@@ -22,9 +22,11 @@ from calibration.pipeline import steps
 from calibration.text import read_text, token_windows
 from vllm_kvsplice.artifact import Artifact, load_artifact
 from vllm_kvsplice.serving.plugin import WINDOWED_BLOCK_MULTIPLE
+from vllm_kvsplice.serving.settings import DEFAULT_WINDOW
 from vllm_kvsplice.serving.window_blocks import block_sizes
 
 WINDOWS = (0, 8, 16, 32, 64, 128)
+CONTEXT = 1024
 CONTEXTS = (1024, 4096, 16384)
 SEQUENCES = (1, 8, 64)
 # vLLM's own block size on CPU, and ours without a window.
@@ -48,13 +50,15 @@ def main() -> None:
     console.print(f"Wrote {RESULT}")
 
 
-def quality_rows(artifacts: list[Artifact], text: str, count: int) -> list[dict[str, float]]:
-    """Change of perplexity in percent, by bits and window."""
+def quality_rows(artifacts: list[Artifact], text: str, count: int) -> list[dict[str, float | str]]:
+    """Change of perplexity in percent, by bits and window, and by how the prompt was read."""
     path = str(default_model())
     model, _ = load_model(path, torch.float32)
-    tokens = token_windows(AutoTokenizer.from_pretrained(path), read_text(text), count, 1024)
+    tokens = token_windows(AutoTokenizer.from_pretrained(path), read_text(text), count, CONTEXT)
     table = Table("bits", *map(str, WINDOWS), title="Change of perplexity by exact window, %", title_justify="left")
-    rows = []
+    title = "The same with a window of 32, on the second half of each text after its first half as a prompt, %"
+    second_halves = Table("bits", "prefill", "change", title=title, title_justify="left")
+    rows: list[dict[str, float | str]] = []
     for artifact in artifacts:
         artifact.check_model(model.config)
         codecs = {index: artifact.layer(index) for index in artifact.compressed_layers}
@@ -64,8 +68,17 @@ def quality_rows(artifacts: list[Artifact], text: str, count: int) -> list[dict[
                 result = evaluate(model, codecs, tokens, "all", progress, Reading(window))
             changes.append(result.change_percent)
             rows.append({"bits": artifact.bits_per_element, "window": window, "change_percent": changes[-1]})
-        table.add_row(f"{artifact.bits_per_element:.2f}", *(f"{change:+.2f}" for change in changes))
+        bits = f"{artifact.bits_per_element:.2f}"
+        table.add_row(bits, *(f"{change:+.2f}" for change in changes))
+        for prefill, prompt in (("stored", 0), ("exact", CONTEXT // 2)):
+            with steps(f"{bits} bits, prefill {prefill}", count) as progress:
+                result = evaluate(model, codecs, tokens, "all", progress, Reading(DEFAULT_WINDOW, prompt), CONTEXT // 2)
+            rows.append(
+                {"bits": artifact.bits_per_element, "prefill": prefill, "change_percent": result.change_percent}
+            )
+            second_halves.add_row(bits, prefill, f"{result.change_percent:+.2f}")
     console.print(table)
+    console.print(second_halves)
     return rows
 
 

@@ -36,6 +36,7 @@ def evaluate(
     mode: Mode,
     progress: Callable[[], None],
     reading: Reading = AS_STORED,
+    skip: int = 0,
 ) -> Evaluation:
     """Judge `codecs` on windows of text; where a prompt is read exactly, on what follows it.
 
@@ -46,16 +47,17 @@ def evaluate(
         mode: how position 0 is read.
         progress: called once per window.
         reading: which tokens are read exactly.
+        skip: first tokens of a window that are not judged, at least 1 and those of an exact prompt.
 
     """
-    tap = compressing_tap(codecs, mode)
+    tap, skip = compressing_tap(codecs, mode), max(1, skip, reading.prompt)
     plain = squeezed = 0.0
     for window in windows:
-        plain += _loss(model, window, reading.prompt)
+        plain += _loss(model, window, skip)
         with tapped(model, tap, reading):
-            squeezed += _loss(model, window, reading.prompt)
+            squeezed += _loss(model, window, skip)
         progress()
-    tokens = len(windows) * (windows.shape[1] - max(1, reading.prompt))
+    tokens = len(windows) * (windows.shape[1] - skip)
     return Evaluation(math.exp(plain / tokens), math.exp(squeezed / tokens), tokens)
 
 
@@ -83,8 +85,8 @@ def _restore(codec: LayerCodec, key: Tensor, value: Tensor, mode: Mode) -> tuple
 
 
 @torch.no_grad()
-def _loss(model: PreTrainedModel, window: Tensor, prompt: int) -> float:
-    """Summed negative log-likelihood of a window's tokens after its `prompt` ones, or but the first, in nats."""
-    window, first = window.to(model.device), max(1, prompt)
-    logits = model(window[None], use_cache=False).logits[0, first - 1 : -1].float()
-    return float(torch.nn.functional.cross_entropy(logits, window[first:], reduction="sum"))
+def _loss(model: PreTrainedModel, window: Tensor, skip: int) -> float:
+    """Summed negative log-likelihood of a window's tokens after its first `skip`, in nats."""
+    window = window.to(model.device)
+    logits = model(window[None], use_cache=False).logits[0, skip - 1 : -1].float()
+    return float(torch.nn.functional.cross_entropy(logits, window[skip:], reduction="sum"))
