@@ -15,6 +15,7 @@ from rich.table import Table
 from benchmarks.server import Server, kvsplice_command, running, vllm_command
 from calibration.models import default_model
 from vllm_kvsplice.artifact import load_artifact
+from vllm_kvsplice.serving.settings import DEFAULT_WINDOW
 
 BUILD = Path("build/demo")
 ARTIFACT = BUILD / "artifact"
@@ -64,10 +65,11 @@ def ask(server: Server, model: str) -> str:
 
 
 def _quality(model: Path) -> dict[str, float]:
-    """Perplexity without and with compression, measured once per artifact."""
+    """Perplexity without compression and as served, measured once per artifact."""
     file = BUILD / f"eval-{load_artifact(ARTIFACT).digest[:16]}.json"
     if not file.exists():
-        _run("eval", model, ARTIFACT, "--text", "pydoc", "--windows", "6", "--mode", "serving", "--json", file)
+        as_served = ("--mode", "serving", "--recent", str(DEFAULT_WINDOW))
+        _run("eval", model, ARTIFACT, "--text", "pydoc", "--windows", "6", *as_served, "--json", file)
     return json.loads(file.read_text())
 
 
