@@ -21,6 +21,7 @@ from benchmarks.server import Server, kvsplice_command, vllm_command
 from calibration.models import load_model
 from tests.serving.requests import Answer, ask, ask_all, hf_prompt_logprobs, largest_difference
 from vllm_kvsplice.artifact import load_artifact
+from vllm_kvsplice.serving.settings import DEFAULT_WINDOW
 
 pytestmark = [pytest.mark.server, pytest.mark.model]
 
@@ -28,8 +29,9 @@ BLOCK = 32
 COMMON = ("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--block-size", str(BLOCK))
 # Chunks of 48 tokens, and so few blocks that requests in flight preempt each other.
 CRAMPED = (*COMMON, "--max-num-batched-tokens", "48", "--max-num-seqs", "16", "--num-gpu-blocks-override", "34")
-SAME = 0.001
-BATCHED = 0.3
+# Three times what stock vLLM moves by.
+SAME = 0.0001
+BATCHED = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -89,17 +91,18 @@ def test_prompt_logprobs_are_those_of_this_artifact(
     """The server computes what the Hugging Face path computes with the same artifact, and nothing else would pass."""
     model, _ = load_model(str(smollm), torch.float32)
     artifact = load_artifact(smollm_artifact(4))
-    chosen = prompts[:4] + prompts[-2:]
+    chosen = prompts[4:8] + prompts[-2:]
     expected = [torch.tensor(hf_prompt_logprobs(model, prompt, artifact)) for prompt in chosen]
     served, uncompressed = (
         [torch.tensor(ask(server, prompt, max_tokens=1).prompt_logprobs) for prompt in chosen]
         for server in (four_bits, stock)
     )
-    # Two implementations of the model flip a code sooner or later, and what follows carries other noise (docs/codec.md):
-    # the first tokens must agree sharply, all of them on the whole.
-    assert _difference(served, expected, first=4).median() < 1e-3
-    assert _difference(uncompressed, expected, first=4).median() > 0.01
-    assert _difference(served, expected).mean() < _difference(uncompressed, expected).mean() * 0.7
+    # The window hides the code from the first tokens. Of the rest some may carry other noise, because two implementations
+    # of the model flip a code sooner or later (docs/codec.md).
+    past = slice(DEFAULT_WINDOW, None)
+    assert _difference(served, expected, past).median() < SAME
+    assert _difference(uncompressed, expected, past).median() > 0.01
+    assert _difference(served, expected, past).mean() < _difference(uncompressed, expected, past).mean() / 5
 
 
 def test_eight_bits_answer_like_stock(stock: Server, eight_bits: Server, prompts: list[list[int]]) -> None:
@@ -227,6 +230,6 @@ def test_cut_streams_leave_nothing_behind(four_bits: Server, prompts: list[list[
     assert four_bits.metric("vllm:kv_cache_usage_perc") == 0
 
 
-def _difference(one: list[torch.Tensor], other: list[torch.Tensor], first: int | None = None) -> torch.Tensor:
-    """Absolute differences of log-probabilities over the `first` tokens of every prompt."""
-    return torch.cat([(a - b)[:first].abs() for a, b in zip(one, other, strict=True)])
+def _difference(one: list[torch.Tensor], other: list[torch.Tensor], part: slice) -> torch.Tensor:
+    """Absolute differences of log-probabilities over a part of every prompt."""
+    return torch.cat([(a - b)[part].abs() for a, b in zip(one, other, strict=True)])
