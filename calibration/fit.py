@@ -1,4 +1,4 @@
-"""`pca`: the closed-form codec. A Fisher-weighted Karhunen-Loeve transform and Lloyd-Max codebooks."""
+"""`pca`: the closed-form codec. A Fisher-weighted Karhunen-Loeve transform and Lloyd-Max codebooks in whole numbers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 from calibration.plan import Plan
 from calibration.statistics import KindStatistics, Statistics
 from vllm_kvsplice.artifact import pack_levels
-from vllm_kvsplice.codec import LEVELS
+from vllm_kvsplice.codec import HIGHEST_LEVEL, LEVELS, LOWEST_LEVEL
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH
 
 # Share of the mean eigenvalue added to every direction of the Fisher matrix, so that no direction is free.
@@ -19,6 +19,8 @@ _BINS_PER_UNIT, _REACH = 100, 12.0
 _LLOYD_ROUNDS = 40
 # From this width on cells are about as narrow as bins: there the closed form is better than what Lloyd's rounds find.
 _FINE = 6
+# Shares of a codebook's reach that its whole numbers may cover. With many levels a finer unit is worth more than the tails.
+_REACHES = tuple(0.95**step for step in range(28))
 # Share of each histogram that is spread evenly over all bins: the outliers that the sample happens not to hold.
 _UNSEEN = 1e-4
 
@@ -45,10 +47,22 @@ class Transform:
 
 @dataclass(frozen=True)
 class Codebooks:
-    """For every group and width b in 0..8: levels [L, H, G, 2**b] by width, and distortion [L, H, G, 9]."""
+    """For every group and width b in 0..8.
+
+    Attributes:
+        levels: by width, [L, H, G, 2**b], whole numbers.
+        unit: what one of them stands for, in standard deviations of the group's latents, [L, H, G, 9].
+        distortion: [L, H, G, 9].
+
+    """
 
     levels: list[Tensor]
+    unit: Tensor
     distortion: Tensor
+
+    def unit_of(self, widths: Tensor) -> Tensor:
+        """Of each latent under a plan's `widths` [L, H, G]: [L, H, R]."""
+        return self.unit.gather(-1, widths[..., None])[..., 0].repeat_interleave(GROUP, -1)
 
     def of(self, widths: Tensor) -> Tensor:
         """The codebooks [L, H, G, 256] of a plan's `widths` [L, H, G]; past 2**b they repeat the last level."""
@@ -70,10 +84,11 @@ def fit_pca(statistics: Statistics, plan: Callable[[Tensor], Plan]) -> FittedCod
         levels = codebooks[name].of(widths)
         sink, scale = fit_sinks(kind, transforms[name])
         on = (widths > 0).repeat_interleave(GROUP, -1).float()
+        unit = codebooks[name].unit_of(widths)
         tensors |= {
             f"{name}.mean": kind.mean,
-            f"{name}.analysis": transforms[name].analysis * on[..., None],
-            f"{name}.synthesis": transforms[name].synthesis * on[..., None, :],
+            f"{name}.analysis": transforms[name].analysis * (on / unit)[..., None],
+            f"{name}.synthesis": transforms[name].synthesis * (on * unit)[..., None, :],
             f"{name}.levels": pack_levels(levels, widths.tolist()),
             f"{name}.sink": sink,
             f"{name}.sink_scale": scale,
@@ -109,7 +124,10 @@ def _covariance(residual: Tensor) -> Tensor:
 
 
 def fit_codebooks(statistics: KindStatistics, transform: Transform) -> Codebooks:
-    """Lloyd-Max codebooks (Lloyd, 1982) of every group at every width, on a weighted histogram of its latents."""
+    """Lloyd-Max codebooks (Lloyd, 1982) of every group at every width, on a weighted histogram of its latents.
+
+    Their levels are whole numbers, so that an engine may add up products of codes in integers.
+    """
     histogram = torch.stack(
         [
             _histogram(torch.einsum("hrd,hnd->hrn", analysis, residual.float()), importance)
@@ -119,12 +137,13 @@ def fit_codebooks(statistics: KindStatistics, transform: Transform) -> Codebooks
         ]
     )
     shape, flat = histogram.shape[:-1], histogram.flatten(0, -2)
-    levels, distortion = [], []
+    levels, units, distortion = [], [], []
     for width in range(MAX_WIDTH + 1):
-        fitted, left = lloyd_max(flat, width)
+        fitted, unit, left = whole_levels(flat, lloyd_max(flat, width)[0])
         levels.append(fitted.view(*shape, -1))
+        units.append(unit.view(shape))
         distortion.append(left.view(shape))
-    return Codebooks(levels, torch.stack(distortion, -1).float())
+    return Codebooks(levels, torch.stack(units, -1), torch.stack(distortion, -1).float())
 
 
 def fit_sinks(statistics: KindStatistics, transform: Transform) -> tuple[Tensor, Tensor]:
@@ -152,9 +171,7 @@ def _histogram(latents: Tensor, importance: Tensor) -> Tensor:
 
 def lloyd_max(histogram: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Levels [M, 2**width], ascending, and the weighted squared error they leave [M], for M histograms [M, bins]."""
-    bins = histogram.shape[1]
-    centre = (torch.arange(bins, dtype=torch.float64) + 0.5) / _BINS_PER_UNIT - _REACH
-    moments = [_cumulative(histogram * centre**power) for power in (0, 1, 2)]
+    moments = _moments(histogram)
     levels = _companded_levels(histogram, width)
     if not width:
         levels = torch.zeros_like(levels)
@@ -162,9 +179,37 @@ def lloyd_max(histogram: Tensor, width: int) -> tuple[Tensor, Tensor]:
         for _ in range(_LLOYD_ROUNDS):
             weight, first, _ = _cells(levels, moments)
             levels = _separated(torch.where(weight > 0, first / weight.clamp_min(1e-300), levels))
+    return levels.float(), _squared_error(levels, moments)
+
+
+def whole_levels(histogram: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`levels` [M, K] of M histograms as whole numbers of a unit: those numbers, the units [M], and the error left [M]."""
+    count, moments = levels.shape[1], _moments(histogram)
+    rank = torch.arange(count, dtype=torch.float64)
+    # The least and the largest number that leave room for the levels before and after.
+    lowest, highest = LOWEST_LEVEL + rank, HIGHEST_LEVEL - (count - 1 - rank)
+    widest = levels.double().abs().amax(1, keepdim=True).clamp_min(1 / _BINS_PER_UNIT) / HIGHEST_LEVEL
+    found = []
+    for share in _REACHES if count >= 1 << _FINE else _REACHES[:1]:
+        unit = widest * share
+        whole = (levels.double() / unit).round().maximum(lowest)
+        whole = ((whole - rank).cummax(1).values + rank).minimum(highest)
+        found.append((_squared_error(whole * unit, moments), unit[:, 0], whole))
+    error, units, wholes = (torch.stack(candidates) for candidates in zip(*found, strict=True))
+    best = error.argmin(0)
+    row = torch.arange(len(levels))
+    return wholes[best, row].float(), units[best, row].float(), error[best, row]
+
+
+def _moments(histogram: Tensor) -> list[Tensor]:
+    centre = (torch.arange(histogram.shape[1], dtype=torch.float64) + 0.5) / _BINS_PER_UNIT - _REACH
+    return [_cumulative(histogram * centre**power) for power in (0, 1, 2)]
+
+
+def _squared_error(levels: Tensor, moments: list[Tensor]) -> Tensor:
+    """What coding by the nearest of `levels` [M, K] costs, [M]."""
     weight, first, second = _cells(levels, moments)
-    left = (second - 2 * levels * first + levels**2 * weight).sum(-1)
-    return levels.float(), left.clamp_min(0)
+    return (second - 2 * levels * first + levels**2 * weight).sum(-1).clamp_min(0)
 
 
 def _cumulative(values: Tensor) -> Tensor:

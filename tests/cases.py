@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvsplice.artifact import Artifact, LayerPlan, Manifest, ModelShape, Provenance, RotaryShape
-from vllm_kvsplice.codec import LEVELS, KindCodec, LayerCodec
+from vllm_kvsplice.codec import LEVELS, LOWEST_LEVEL, KindCodec, LayerCodec
 from vllm_kvsplice.engines import Batch, Engine, Window
 from vllm_kvsplice.layout import GROUP, LayerLayout
 from vllm_kvsplice.rotary import Rotary
@@ -143,33 +143,41 @@ def _make_kind(widths: Tensor, coded: Tensor, random: torch.Generator) -> KindCo
         return low + (high - low) * torch.rand(shape, generator=random)
 
     basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=random)).Q
-    deviation = uniform(heads, dim, low=0.7, high=1.4)
+    levels, unit = codebooks(widths, uniform(*widths.shape, low=0.8, high=1.2))
+    deviation = uniform(heads, dim, low=0.7, high=1.4) * unit.repeat_interleave(GROUP, 1)
     used = (widths > 0).repeat_interleave(GROUP, 1)
     return KindCodec(
         mean=torch.randn(heads, dim, generator=random),
         analysis=basis.mT / deviation[..., None] * used[..., None],
         synthesis=basis * (deviation * used)[:, None],
-        levels=codebooks(widths) * uniform(*widths.shape, 1, low=0.8, high=1.2),
+        levels=levels,
         sink=torch.randn(heads, dim, generator=random),
         sink_scale=uniform(heads, dim, low=0.7, high=1.4) * coded[:, None],
     )
 
 
-def codebooks(widths: Tensor) -> Tensor:
-    """Quantiles of the normal distribution, [..., 256] for widths [...]."""
+def codebooks(widths: Tensor, stretch: Tensor) -> tuple[Tensor, Tensor]:
+    """Stretched quantiles of the normal distribution in whole numbers, [..., 256] for widths [...], and the unit [...]."""
     sizes = (1 << widths)[..., None]
-    quantiles = torch.special.ndtri((torch.arange(LEVELS).minimum(sizes - 1) + 0.5) / sizes)
-    return torch.where(sizes > 1, quantiles, 0.0)
+    quantiles = torch.special.ndtri((torch.arange(LEVELS).minimum(sizes - 1) + 0.5) / sizes) * stretch[..., None]
+    quantiles = torch.where(sizes > 1, quantiles, 0.0)
+    # Seven and eight bits leave no choice but to count.
+    counted = torch.arange(LEVELS).minimum(sizes - 1) * (LEVELS // sizes) - LEVELS // 2
+    unit = torch.where(widths > 6, 8 / 127, (quantiles.abs().amax(-1) / 127).clamp_min(1e-3))
+    whole = (quantiles / unit[..., None]).round()
+    assert (whole.diff(dim=-1) > 0)[(widths[..., None] <= 6) & (torch.arange(1, LEVELS) < sizes)].all()
+    return torch.where(widths[..., None] > 6, counted, whole).float(), unit
 
 
 def make_identity_codec(key_widths: Sequence[int], value_widths: Sequence[int]) -> LayerCodec:
-    """One head whose latents are its dimensions and whose levels are the codes themselves: 3.0 is stored as 3."""
+    """One head whose latents are its dimensions, which count from -128: 3.0 is stored as 3."""
     dim = GROUP * len(key_widths)
-    eye, zero = torch.eye(dim)[None], torch.zeros(1, dim)
+    eye, zero, start = torch.eye(dim)[None], torch.zeros(1, dim), torch.full((1, dim), -float(LOWEST_LEVEL))
     levels = [
-        torch.arange(256.0).minimum((1 << torch.tensor(w)[None, :, None]) - 1) for w in (key_widths, value_widths)
+        torch.arange(256.0).minimum((1 << torch.tensor(w)[None, :, None]) - 1) + LOWEST_LEVEL
+        for w in (key_widths, value_widths)
     ]
-    kinds = [KindCodec(zero, eye, eye, level, zero, torch.ones(1, dim)) for level in levels]
+    kinds = [KindCodec(start, eye, eye, level, zero, torch.ones(1, dim)) for level in levels]
     return LayerCodec(*kinds, LayerLayout((tuple(key_widths),), (tuple(value_widths),)), None)
 
 

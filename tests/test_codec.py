@@ -158,13 +158,11 @@ def test_codes_of_whole_numbers_have_the_golden_bytes(width):
 
 def test_256_levels_restore_a_token_to_within_half_their_distance():
     codec = make_codec(1, 64, widths=(8,), sinks="coded")
-    levels = torch.linspace(-8, 8, 256).expand(1, 8, 256)
-    codec = replace(codec, key=replace(codec.key, levels=levels), value=replace(codec.value, levels=levels))
     *tokens, positions = make_tokens(codec, 33)
     for half, x, restored in zip((codec.key, codec.value), tokens, codec.reconstruct(*tokens, positions), strict=True):
         error = torch.einsum("hrd,thd->thr", half.analysis, restored - x)
         error[0] /= half.sink_scale
-        assert error.abs().max() <= 8 / 255 + 1e-5
+        assert error.abs().max() <= 0.5 + 1e-4
 
 
 @pytest.mark.parametrize("rotary", ROTARIES)

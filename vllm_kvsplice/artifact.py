@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from vllm_kvsplice.codec import LEVELS, KindCodec, LayerCodec
+from vllm_kvsplice.codec import HIGHEST_LEVEL, LEVELS, LOWEST_LEVEL, KindCodec, LayerCodec
 from vllm_kvsplice.errors import ArtifactError
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH, LayerLayout
 from vllm_kvsplice.rotary import Rotary
@@ -480,13 +480,18 @@ def _unique_tensors(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_values(artifact: Artifact) -> None:
-    """What shapes cannot say: codebooks ascend, scales are not negative, frequencies are usable."""
+    """What shapes cannot say: codebooks are whole numbers and ascend, scales are not negative, frequencies are usable."""
     plans = [artifact.manifest.layers[i] for i in artifact.compressed_layers]
     for kind in ("key", "value"):
         widths = [w for plan in plans for head in getattr(plan, kind) for w in head if w]
         for group, levels in enumerate(artifact.tensors[f"{kind}.levels"].split([1 << w for w in widths])):
             if not (levels.diff() > 0).all():
                 raise ArtifactError(f"codebook {group} of the {kind}s does not ascend")
+            if not ((levels == levels.round()) & (levels >= LOWEST_LEVEL) & (levels <= HIGHEST_LEVEL)).all():
+                raise ArtifactError(
+                    f"codebook {group} of the {kind}s holds a level that is no whole number "
+                    f"from {LOWEST_LEVEL} to {HIGHEST_LEVEL}"
+                )
         if not (artifact.tensors[f"{kind}.sink_scale"] >= 0).all():
             raise ArtifactError(f"{kind}.sink_scale holds negative values")
     if artifact.manifest.rotary and not (artifact.tensors["rotary.inv_freq"].abs() <= torch.pi).all():

@@ -1,8 +1,8 @@
 """The code of one layer: residual, latent, code, and back (design: docs/codec.md).
 
     residual  u = x - m(position)          m: mean of the head; rotated to the position for keys
-    latent    z = E u                      E [R, D]: analysis, rows scaled to unit variance
-    code      c_i = nearest level of z_i in the codebook of its group
+    latent    z = E u                      E [R, D]: analysis, rows scaled to the unit of their codebook
+    code      c_i = nearest level of z_i in the codebook of its group; levels are whole numbers
     decode    x = m(position) + D z        D [D, R]: synthesis
 
 Everything here is float32 tensors in the open: engines read these fields, and `LayerCodec.reconstruct` is the definition
@@ -22,6 +22,8 @@ from vllm_kvsplice.rotary import Rotary
 
 Kind = Literal["key", "value"]
 LEVELS = 1 << MAX_WIDTH
+# Levels are whole numbers of eight bits, so that engines may sum products of them in integers.
+LOWEST_LEVEL, HIGHEST_LEVEL = -128, 127
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ class KindCodec:
     Attributes:
         mean: [H, D]; of keys before rotation.
         analysis: E, [H, R, D]. synthesis: D, [H, D, R]. Both are zero where a latent has no bits.
-        levels: codebooks, [H, G, 256]; a group of width b uses the first 2**b, ascending, the rest repeat the last.
+        levels: codebooks, [H, G, 256], whole numbers in -128..127; a group of width b uses the first 2**b, ascending, the
+            rest repeat the last.
         sink: what stands at position 0 in place of the mean, [H, D] (keys at position 0 are not rotated).
-        sink_scale: standard deviation of each latent at position 0, [H, R]: codes there count in these units. 0 where
-            position 0 *is* the sink and its code is ignored.
+        sink_scale: standard deviation of each latent at position 0 as a share of its ordinary one, [H, R]: codes there
+            count in these units. 0 where position 0 *is* the sink and its code is ignored.
 
     """
 

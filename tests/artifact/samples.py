@@ -71,8 +71,9 @@ def sample(rotary: bool = True, layers: tuple[LayerPlan | None, ...] = (WIDE, No
     tensors = {name: torch.randn(shape) for name, shape in expected_tensors(manifest).items()}
     for kind in ("key", "value"):
         tensors[f"{kind}.sink_scale"] = tensors[f"{kind}.sink_scale"].abs()
-        # Sorted as a whole, every piece of it ascends.
-        tensors[f"{kind}.levels"] = tensors[f"{kind}.levels"].sort().values
+        widths = [w for layer in layers if layer for head in getattr(layer, kind) for w in head if w]
+        books = [torch.randperm(256)[: 1 << w].sort().values - 128.0 for w in widths]
+        tensors[f"{kind}.levels"] = torch.cat([torch.empty(0), *books])
     if rotary:
         tensors["rotary.inv_freq"] = 10000.0 ** -(torch.arange(8) / 8)
     return make_artifact(manifest, tensors)

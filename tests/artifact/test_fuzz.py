@@ -148,6 +148,7 @@ def check_numbers(arrays: dict[str, np.ndarray], sizes: dict[str, list[int]]) ->
         for count in counts:
             book = arrays[f"{side}.levels"][start : start + count]
             ensure(all(low < high for low, high in itertools.pairwise(book)), "codebook")
+            ensure(set(book) <= set(range(-128, 128)), "level")
             start += count
     ensure(all(abs(f) <= np.float32(math.pi) for f in arrays.get("rotary.inv_freq", [])), "frequency")
 
