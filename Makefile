@@ -6,7 +6,7 @@ VARIANT ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 STAMP := $(VENV)/.installed-$(VARIANT)
 PORT ?= 8000
 
-.PHONY: demo serve test quick lint lock clean
+.PHONY: demo serve test quick lint lock bench-server clean
 
 demo: $(STAMP)
 	$(BIN)/python -m benchmarks.demo
@@ -21,6 +21,11 @@ test: $(STAMP) lint
 # Under two minutes: what needs neither the real model nor a server.
 quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not model and not server"
+
+# Decode throughput and time to first token of whole servers, ours and stock in turn.
+bench-server: $(STAMP)
+	$(BIN)/python -m benchmarks.demo --prepare-only
+	$(BIN)/python -m benchmarks.serving
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
