@@ -62,10 +62,10 @@ def test_a_pool_that_could_never_admit_a_request_is_refused() -> None:
         max_in_flight_tokens=32,
     )
     spec = layer.get_kv_cache_spec(config)
-    # 7 blocks of codes; 19 + 32 exact tokens that may begin anywhere in one of 14 blocks; and nobody's block.
-    layer.bind_kv_cache(torch.empty(22, 2, 4, 16))
-    assert layer.kv_cache.shape[0] == 22
-    with pytest.raises(KVSpliceError, match=r"takes 21 blocks .* there are 20; lower --max-num-batched-tokens"):
-        layer.bind_kv_cache(torch.empty(21, 2, 4, 16))
+    # 7 blocks of codes; before and after a step 19 exact tokens that may begin anywhere in one of 6 blocks; and nobody's.
+    layer.bind_kv_cache(torch.empty(20, 2, 4, 16))
+    assert layer.kv_cache.shape[0] == 20
+    with pytest.raises(KVSpliceError, match=r"take 19 blocks .* there are 18; lower --max-model-len"):
+        layer.bind_kv_cache(torch.empty(19, 2, 4, 16))
     # Told to cost six blocks of 4 tokens of 2 heads of 16 numbers of 4 bytes.
     assert spec.max_memory_usage_bytes(config) == 6 * 4 * 2 * 16 * 4

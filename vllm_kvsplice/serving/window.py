@@ -170,7 +170,7 @@ class WindowLayer(torch.nn.Module, AttentionLayerBase):
         # Block 0 is nobody's.
         if len(kv_cache) - 1 < blocks:
             raise KVSpliceError(
-                f"a request of {longest} tokens, {in_flight} of them in one step, takes {blocks} blocks of KV cache and "
-                f"there are {len(kv_cache) - 1}; lower --max-num-batched-tokens or --max-model-len, or give it more memory"
+                f"a request of {longest} tokens and its exact window take {blocks} blocks of KV cache and there are "
+                f"{len(kv_cache) - 1}; lower --max-model-len or give it more memory"
             )
         self.kv_cache = kv_cache
