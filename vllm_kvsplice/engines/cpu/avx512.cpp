@@ -14,6 +14,12 @@ typedef uint16_t Words __attribute__((vector_size(64)));
 
 KV_INLINE __m512i load_bytes(const void* from) { return _mm512_loadu_si512(from); }
 
+// sum += unsigned bytes times signed bytes, four to a lane. As assembly because GCC 12 keeps a copy of every sum of the
+// intrinsic on the stack, which takes twice as long.
+KV_INLINE void dot(__m512i& sum, __m512i bytes, __m512i signed_bytes) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(signed_bytes));
+}
+
 // Shifts whole 16-bit words, so a neighbour's bits fill the side that is shifted in: lookups ignore them.
 KV_INLINE __m512i shifted(__m512i x, int right) {
     return (__m512i)(right >= 0 ? (Words)x >> right : (Words)x << -right);
@@ -79,29 +85,32 @@ void unpack_values_of(const Group& group, const uint8_t* data, int64_t stride, i
     for (int i = 0; i < 8; ++i) _mm512_store_si512(out + i * kSplit, latent[i]);
 }
 
+// N query rows over a tile.
 template <int N>
 void dot_keys_of(const __m512i* keys, int latents, const int8_t* query, int64_t query_stride, const float* unit, const int32_t* offset, float* scores) {
     __m512i high[N][4], low[N][4];
-    for (int n = 0; n < N; ++n)
-        for (int i = 0; i < 4; ++i) high[n][i] = low[n][i] = _mm512_setzero_si512();
+    each<N>([&](auto n) KV_LAMBDA {
+        each<4>([&](auto i) KV_LAMBDA { high[n][i] = low[n][i] = _mm512_setzero_si512(); });
+    });
     for (int r = 0; r < latents; r += 4, keys += 4)
-        for (int n = 0; n < N; ++n) {
+        each<N>([&](auto n) KV_LAMBDA {
             int32_t h, l;
             std::memcpy(&h, query + n * query_stride + r, 4);
             std::memcpy(&l, query + n * query_stride + query_stride / 2 + r, 4);
             const __m512i query_high = _mm512_set1_epi32(h), query_low = _mm512_set1_epi32(l);
-            for (int i = 0; i < 4; ++i) {
-                high[n][i] = _mm512_dpbusd_epi32(high[n][i], keys[i], query_high);
-                low[n][i] = _mm512_dpbusd_epi32(low[n][i], keys[i], query_low);
-            }
-        }
-    for (int n = 0; n < N; ++n)
-        for (int i = 0; i < 4; ++i) {
+            each<4>([&](auto i) KV_LAMBDA {
+                dot(high[n][i], keys[i], query_high);
+                dot(low[n][i], keys[i], query_low);
+            });
+        });
+    each<N>([&](auto n) KV_LAMBDA {
+        each<4>([&](auto i) KV_LAMBDA {
             __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[n][i], 8), low[n][i]);
             sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(offset[n]));
             float* at = scores + n * kSplit + 16 * i;
             store(at, load(at) + unit[n] * (Floats)_mm512_cvtepi32_ps(sum));
-        }
+        });
+    });
 }
 
 // Sums over all lanes of four registers.
@@ -113,29 +122,29 @@ KV_INLINE __m128i sums_of(__m512i a, __m512i b, __m512i c, __m512i d) {
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// N rows by four latents.
+// N rows by four latents over a split.
 template <int N>
 void dot_values_of(const int8_t* values, const uint8_t* probability, int tiles, int32_t* sums) {
     __m512i high[N][4], low[N][4];
-    for (int n = 0; n < N; ++n)
-        for (int i = 0; i < 4; ++i) high[n][i] = low[n][i] = _mm512_setzero_si512();
+    each<N>([&](auto n) KV_LAMBDA {
+        each<4>([&](auto i) KV_LAMBDA { high[n][i] = low[n][i] = _mm512_setzero_si512(); });
+    });
     for (int t = 0; t < tiles * kTile; t += kTile) {
         __m512i latent[4];
-        for (int i = 0; i < 4; ++i) latent[i] = load_bytes(values + i * kSplit + t);
-        for (int n = 0; n < N; ++n) {
+        each<4>([&](auto i) KV_LAMBDA { latent[i] = load_bytes(values + i * kSplit + t); });
+        each<N>([&](auto n) KV_LAMBDA {
             const __m512i p_high = load_bytes(probability + n * 2 * kSplit + t);
             const __m512i p_low = load_bytes(probability + n * 2 * kSplit + kSplit + t);
-            for (int i = 0; i < 4; ++i) {
-                high[n][i] = _mm512_dpbusd_epi32(high[n][i], p_high, latent[i]);
-                low[n][i] = _mm512_dpbusd_epi32(low[n][i], p_low, latent[i]);
-            }
-        }
+            each<4>([&](auto i) KV_LAMBDA {
+                dot(high[n][i], p_high, latent[i]);
+                dot(low[n][i], p_low, latent[i]);
+            });
+        });
     }
-    for (int n = 0; n < N; ++n) {
-        __m512i sum[4];
-        for (int i = 0; i < 4; ++i) sum[i] = _mm512_add_epi32(_mm512_slli_epi32(high[n][i], 8), low[n][i]);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + 8 * n), sums_of(sum[0], sum[1], sum[2], sum[3]));
-    }
+    each<N>([&](auto n) KV_LAMBDA {
+        each<4>([&](auto i) KV_LAMBDA { high[n][i] = _mm512_add_epi32(_mm512_slli_epi32(high[n][i], 8), low[n][i]); });
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + 8 * n), sums_of(high[n][0], high[n][1], high[n][2], high[n][3]));
+    });
 }
 
 struct Avx512 {

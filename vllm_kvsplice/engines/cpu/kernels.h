@@ -14,7 +14,12 @@
 //     dot_values         sums of products over a split, eight latents a row
 #pragma once
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <cstring>
+#include <utility>
 
 #include "codec.h"
 
@@ -27,6 +32,15 @@ typedef double Doubles __attribute__((vector_size(64)));
 typedef float HalfFloats __attribute__((vector_size(32)));
 
 #define KV_INLINE inline __attribute__((always_inline))
+
+#define KV_LAMBDA __attribute__((always_inline))
+
+// f(0), ..., f(N - 1) with constants: arrays indexed by them stay in registers, which unrolled loops do not ensure.
+template <int N, class F>
+KV_INLINE void each(F f) {
+    [&]<int... I>(std::integer_sequence<int, I...>) KV_LAMBDA { (f(std::integral_constant<int, I>{}), ...); }
+    (std::make_integer_sequence<int, N>{});
+}
 
 template <class V = Floats>
 KV_INLINE V load(const void* from) {
@@ -51,9 +65,37 @@ constexpr T most(T a, T b) {
     return a > b ? a : b;
 }
 
+KV_INLINE Floats larger(Floats a, Floats b) {
+#ifdef __AVX512F__
+    return _mm512_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// out[d] = sum_r weights[r] matrix[r, d], V vectors of 8 at a time so that sums do not wait for each other.
+template <int V>
+KV_INLINE int combine_by(int d, int until, const float* weights, int count, const float* matrix, int64_t stride, float* out) {
+    for (; d + 8 * V <= until; d += 8 * V) {
+        HalfFloats sums[V];
+        each<V>([&](auto v) KV_LAMBDA { sums[v] = HalfFloats{}; });
+        for (int r = 0; r < count; ++r) {
+            const float weight = weights[r];
+            const float* row = matrix + r * stride + d;
+            each<V>([&](auto v) KV_LAMBDA { sums[v] += weight * load<HalfFloats>(row + 8 * v); });
+        }
+        each<V>([&](auto v) KV_LAMBDA { store(out + d + 8 * v, sums[v]); });
+    }
+    return d;
+}
+inline void combine(const float* weights, int count, const float* matrix, int64_t stride, int width, float* out) {
+    const int d = combine_by<8>(0, width, weights, count, matrix, stride, out);
+    combine_by<1>(d, width, weights, count, matrix, stride, out);
+}
+
 // 2^x for x <= 0, within 3e-6; zero far below.
 KV_INLINE Floats exp2_below(Floats x) {
-    x = x < splat(-100) ? splat(-100) : x;
+    x = larger(x, splat(-100));
     // Adding 1.5 * 2^23 rounds to whole numbers and leaves them in the low bits.
     const Floats shifted = x + 12582912.0f;
     const Floats f = x - (shifted - 12582912.0f);
@@ -205,11 +247,7 @@ struct Attention {
 
     void absorb(const Half& half, const float* q, int row) {
         float* absorbed = w.absorbed + row * round_up(key_latents, 16);
-        for (int r = 0; r < half.latents; r += 8) {
-            HalfFloats sum{};
-            for (int d = 0; d < dim; ++d) sum += q[d] * load<HalfFloats>(half.synthesis + d * half.latents + r);
-            store(absorbed + r, sum);
-        }
+        combine(q, dim, half.synthesis, half.latents, half.latents, absorbed);
         float size = 0;
         for (int r = 0; r < half.latents; ++r) size = most(size, __builtin_fabsf(absorbed[r]));
         // 127 * 256 + 127: what two signed bytes hold.
@@ -308,6 +346,14 @@ struct Attention {
         return {w.tile, kTile};
     }
 
+    // Ask for a tile that is read soon.
+    void fetch(const Block& b, const Half& half, int64_t tile) {
+        if (step.pages.block % kTile || tile * kTile >= b.context || !half.group_count) return;
+        const Planes planes = planes_of(b, half, tile);
+        const int64_t count = plane_count(half);
+        for (int64_t c = 0; c < count; ++c) __builtin_prefetch(planes.data + c * planes.stride, 0, 2);
+    }
+
     // One split of 512 positions: top, weight and latents of every row, into `partial` [rows, partial_size].
     void attend_split(const Block& b, int split, float* partial) {
         const int64_t base = static_cast<int64_t>(split) * kSplit;
@@ -332,7 +378,7 @@ struct Attention {
             for (int tile = 0; tile < tiles; ++tile) {
                 const float* cosine = layer.rotary->centres + (split * static_cast<int64_t>(kSplitTiles) + tile) * 2 * pairs;
                 const float* sine = cosine + pairs;
-                float *even = w.turned + tile * 2 * pairs, *odd = even + pairs;
+                float *__restrict even = w.turned + tile * 2 * pairs, *__restrict odd = even + pairs;
                 for (int f = 0; f < pairs; ++f) {
                     even[f] = p[f] * cosine[f] + s[f] * sine[f];
                     odd[f] = s[f] * cosine[f] - p[f] * sine[f];
@@ -348,32 +394,37 @@ struct Attention {
     // sum_f even_f cos(w_f t) +- odd_f sin(w_f t) for N tiles: half the products serve both halves of a tile.
     template <int N>
     void series(const float* offsets, const float* turned, float constant, float* out) {
-        Floats even[N][2] = {}, odd[N][2] = {};
+        Floats even[N][2], odd[N][2];
+        each<2 * N>([&](auto i) KV_LAMBDA { even[i / 2][i % 2] = odd[i / 2][i % 2] = Floats{}; });
         for (int f = 0; f < pairs; ++f) {
             const Floats c0 = load(offsets), c1 = load(offsets + 16), s0 = load(offsets + 32), s1 = load(offsets + 48);
             offsets += 64;
-            for (int n = 0; n < N; ++n) {
+            each<N>([&](auto n) KV_LAMBDA {
                 const float e = turned[n * 2 * pairs + f], o = turned[n * 2 * pairs + pairs + f];
                 even[n][0] += e * c0;
                 even[n][1] += e * c1;
                 odd[n][0] += o * s0;
                 odd[n][1] += o * s1;
-            }
+            });
         }
         const Ints mirrored = {15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0};
-        for (int n = 0; n < N; ++n)
-            for (int half = 0; half < 2; ++half) {
-                store(out + n * kTile + 32 + 16 * half, even[n][half] + odd[n][half] + constant);
-                const Floats before = even[n][half] - odd[n][half] + constant;
-                store(out + n * kTile + 16 - 16 * half, __builtin_shuffle(before, mirrored));
-            }
+        each<2 * N>([&](auto i) KV_LAMBDA {
+            constexpr int n = i / 2, half = i % 2;
+            store(out + n * kTile + 32 + 16 * half, even[n][half] + odd[n][half] + constant);
+            const Floats before = even[n][half] - odd[n][half] + constant;
+            store(out + n * kTile + 16 - 16 * half, __builtin_shuffle(before, mirrored));
+        });
     }
 
     void score_latents(const Block& b, int split, int tiles) {
         const Half& half = layer.key[b.head];
         if (!half.group_count) return;
+        const Half& value = layer.value[b.head];
         for (int tile = 0; tile < tiles; ++tile) {
-            const Planes planes = planes_of(b, half, split * static_cast<int64_t>(kSplitTiles) + tile);
+            const int64_t number = split * static_cast<int64_t>(kSplitTiles) + tile;
+            const Planes planes = planes_of(b, half, number);
+            fetch(b, value, number);
+            fetch(b, half, number + 1);
             for (int g = 0; g < half.group_count; ++g) {
                 const Group& group = half.groups[g];
                 const uint8_t* data = planes.data + (group.plane - half.groups[0].plane) * planes.stride;
@@ -404,20 +455,20 @@ struct Attention {
                 store(at, (token >= from) & (token < until) ? load(at) : splat(kNever));
             }
         }
-        Floats top = splat(kNever);
-        for (int t = 0; t < tiles * kTile; t += 16) {
-            const Floats score = load(scores + t);
-            top = score > top ? score : top;
-        }
-        w.top[row] = largest(top);
+        Floats tops[4];
+        each<4>([&](auto i) KV_LAMBDA { tops[i] = load(scores + 16 * i); });
+        for (int t = kTile; t < tiles * kTile; t += kTile)
+            each<4>([&](auto i) KV_LAMBDA { tops[i] = larger(tops[i], load(scores + t + 16 * i)); });
+        w.top[row] = largest(larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])));
+        const float top = w.top[row];
         Ints total{};
         for (int tile = 0; tile < tiles; ++tile) {
             Ints rounded[4];
-            for (int i = 0; i < 4; ++i) {
-                const Floats p = exp2_below(load(scores + tile * kTile + 16 * i) - w.top[row]);
+            each<4>([&](auto i) KV_LAMBDA {
+                const Floats p = exp2_below(load(scores + tile * kTile + 16 * i) - top);
                 rounded[i] = __builtin_convertvector(p * 32767.0f + 0.5f, Ints);
-                total += rounded[i];
-            }
+            });
+            total += (rounded[0] + rounded[1]) + (rounded[2] + rounded[3]);
             Isa::pack_probability(rounded, probability, tile);
         }
         int32_t lanes[16], weight = 0;
@@ -520,7 +571,7 @@ struct Attention {
         for (int i = 0; i < 4; ++i) {
             const Ints token = ramp + 16 * i;
             scores[i] = (token >= from) & (token < until) ? scores[i] : splat(kNever);
-            top = scores[i] > top ? scores[i] : top;
+            top = larger(top, scores[i]);
         }
         const float largest_score = largest(top);
         Floats total{};
@@ -532,12 +583,11 @@ struct Attention {
         }
         const float share = rescale(row, largest_score);
         state(row).total += sum_of(total) * share;
+        const int64_t width = round_up(dim, 16);
+        float values[kMaxDim];
+        combine(probability + from, until - from, w.exact_values + from * width, width, dim, values);
         float* sums = exact(row);
-        for (int64_t d = 0; d < dim; d += 8) {
-            HalfFloats sum{};
-            for (int t = from; t < until; ++t) sum += probability[t] * load<HalfFloats>(w.exact_values + t * round_up(dim, 16) + d);
-            store(sums + d, load<HalfFloats>(sums + d) + sum * share);
-        }
+        for (int d = 0; d < dim; ++d) sums[d] += values[d] * share;
     }
 
     // --- after the context -------------------------------------------------------------------------------------------
@@ -549,12 +599,10 @@ struct Attention {
             State& s = state(row);
             float output[kMaxDim];
             const float inverse = 1 / s.total;
-            for (int d = 0; d < dim; d += 8) {
-                HalfFloats sum = load<HalfFloats>(exact(row) + d) + s.on_stored * load<HalfFloats>(half.mean + d) +
-                                 s.on_sink * load<HalfFloats>(half.sink + d);
-                for (int r = 0; r < half.latents; ++r) sum += s.latents()[r] * load<HalfFloats>(half.synthesis + r * dim + d);
-                store(output + d, sum * inverse);
-            }
+            combine(s.latents(), half.latents, half.synthesis, dim, dim, output);
+            const float* read = exact(row);
+            for (int d = 0; d < dim; ++d)
+                output[d] = (output[d] + read[d] + s.on_stored * half.mean[d] + s.on_sink * half.sink[d]) * inverse;
             const int64_t token = b.query + (b.first + row) / step.group;
             const int64_t head = b.head * step.group + (b.first + row) % step.group;
             store_row(output, step.output_dtype, token * step.output_token_stride + head * dim, dim, step.output);
