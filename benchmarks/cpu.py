@@ -162,7 +162,14 @@ def medians(runs: list[Callable[[], None]], layers: int, seconds: float) -> list
 
 
 def row(bench: str, case: str, stock_ms: float, ours_ms: float) -> dict[str, object]:
-    found = {"bench": bench, "case": case, "stock": stock_ms, "ours": ours_ms, "ratio": stock_ms / ours_ms, "unit": "ms"}
+    found = {
+        "bench": bench,
+        "case": case,
+        "stock": stock_ms,
+        "ours": ours_ms,
+        "ratio": stock_ms / ours_ms,
+        "unit": "ms",
+    }
     print(f"{bench:8} {case:32} {stock_ms:9.3f} {ours_ms:9.3f} {stock_ms / ours_ms:7.2f}", flush=True)
     return found
 

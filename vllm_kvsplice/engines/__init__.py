@@ -1,5 +1,7 @@
 """Engines: implementations of the contract in `contract`. `reference` is the specification, `cpu` needs a compiler."""
 
+import torch
+
 from vllm_kvsplice.engines import reference
 from vllm_kvsplice.engines.contract import Batch, Engine, Window
 from vllm_kvsplice.engines.cpu import CpuEngine, native
@@ -11,8 +13,8 @@ ENGINES: dict[str, Engine] = {"reference": reference} | ({"cpu": CpuEngine()} if
 
 
 def default_engine() -> str:
-    """The fastest engine that is installed."""
-    return "cpu" if "cpu" in ENGINES else "reference"
+    """The fastest engine that is installed and works where vLLM keeps its cache."""
+    return "cpu" if "cpu" in ENGINES and not torch.cuda.is_available() else "reference"
 
 
 def get_engine(name: str) -> Engine:

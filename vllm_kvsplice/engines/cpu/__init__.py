@@ -46,10 +46,7 @@ class CpuEngine:
 
     def write_window(self, key: Tensor, value: Tensor, slots: Tensor, pages: Tensor) -> None:
         """See `Engine.write_window`."""
-        real = slots >= 0
-        slots, block_size = slots[real], pages.shape[2]
-        tokens = torch.cat((key[real], value[real]), -1).to(pages.dtype)
-        pages[slots // block_size, :, slots % block_size] = tokens
+        native.write_window(key, value, slots, pages)
 
     def attend(
         self, codec: LayerCodec, query: Tensor, pages: Tensor, batch: Batch, scale: float, window: Window | None

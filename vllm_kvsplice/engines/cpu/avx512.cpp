@@ -87,12 +87,13 @@ void unpack_values_of(const Group& group, const uint8_t* data, int64_t stride, i
 
 // N query rows over a tile.
 template <int N>
-void dot_keys_of(const __m512i* keys, int latents, const int8_t* query, int64_t query_stride, const float* unit, const int32_t* offset, float* scores) {
+void dot_keys_of(const __m512i* keys, int latents, const int8_t* query, int64_t query_stride, const float* unit, const int32_t* offset, float* scores, Ahead& ahead) {
     __m512i high[N][4], low[N][4];
     each<N>([&](auto n) KV_LAMBDA {
         each<4>([&](auto i) KV_LAMBDA { high[n][i] = low[n][i] = _mm512_setzero_si512(); });
     });
-    for (int r = 0; r < latents; r += 4, keys += 4)
+    for (int r = 0; r < latents; r += 4, keys += 4) {
+        ahead.ask();
         each<N>([&](auto n) KV_LAMBDA {
             int32_t h, l;
             std::memcpy(&h, query + n * query_stride + r, 4);
@@ -103,6 +104,7 @@ void dot_keys_of(const __m512i* keys, int latents, const int8_t* query, int64_t 
                 dot(low[n][i], keys[i], query_low);
             });
         });
+    }
     each<N>([&](auto n) KV_LAMBDA {
         each<4>([&](auto i) KV_LAMBDA {
             __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[n][i], 8), low[n][i]);
@@ -124,12 +126,13 @@ KV_INLINE __m128i sums_of(__m512i a, __m512i b, __m512i c, __m512i d) {
 
 // N rows by four latents over a split.
 template <int N>
-void dot_values_of(const int8_t* values, const uint8_t* probability, int tiles, int32_t* sums) {
+void dot_values_of(const int8_t* values, const uint8_t* probability, int tiles, int32_t* sums, Ahead* ahead) {
     __m512i high[N][4], low[N][4];
     each<N>([&](auto n) KV_LAMBDA {
         each<4>([&](auto i) KV_LAMBDA { high[n][i] = low[n][i] = _mm512_setzero_si512(); });
     });
     for (int t = 0; t < tiles * kTile; t += kTile) {
+        ahead[t / kTile].ask();
         __m512i latent[4];
         each<4>([&](auto i) KV_LAMBDA { latent[i] = load_bytes(values + i * kSplit + t); });
         each<N>([&](auto n) KV_LAMBDA {
@@ -185,26 +188,26 @@ struct Avx512 {
         by_width[group.width - 1](group, data, stride, reinterpret_cast<int8_t*>(out) + tile * kTile);
     }
 
-    static void dot_keys(const int16_t* keys, int latents, const int16_t* query, int64_t query_stride, const float* unit, const int32_t* offset, int rows, float* scores) {
+    static void dot_keys(const int16_t* keys, int latents, const int16_t* query, int64_t query_stride, const float* unit, const int32_t* offset, int rows, float* scores, Ahead& ahead) {
         const __m512i* tile = reinterpret_cast<const __m512i*>(keys);
         for (int row = 0; row < rows;) {
             const int8_t* q = reinterpret_cast<const int8_t*>(query + row * query_stride);
             float* to = scores + row * kSplit;
             const int left = rows - row;
-            const auto kernel = left >= 3 ? dot_keys_of<3> : left == 2 ? dot_keys_of<2> : dot_keys_of<1>;
-            kernel(tile, latents, q, 2 * query_stride, unit + row, offset + row, to);
-            row += left >= 3 ? 3 : left;
+            const auto kernel = left == 3 || left > 4 ? dot_keys_of<3> : left >= 2 ? dot_keys_of<2> : dot_keys_of<1>;
+            kernel(tile, latents, q, 2 * query_stride, unit + row, offset + row, to, ahead);
+            row += left == 3 || left > 4 ? 3 : least(left, 2);
         }
     }
 
-    static void dot_values(const int16_t* values, const int16_t* probability, int tiles, int rows, int32_t* sums) {
+    static void dot_values(const int16_t* values, const int16_t* probability, int tiles, int rows, int32_t* sums, Ahead* ahead) {
         for (int row = 0; row < rows;) {
             const uint8_t* p = reinterpret_cast<const uint8_t*>(probability + row * kSplit);
             const int8_t* v = reinterpret_cast<const int8_t*>(values);
             const int left = rows - row;
-            const auto kernel = left >= 3 ? dot_values_of<3> : left == 2 ? dot_values_of<2> : dot_values_of<1>;
-            for (int i = 0; i < 8; i += 4) kernel(v + i * kSplit, p, tiles, sums + 8 * row + i);
-            row += left >= 3 ? 3 : left;
+            const auto kernel = left == 3 || left > 4 ? dot_values_of<3> : left >= 2 ? dot_values_of<2> : dot_values_of<1>;
+            for (int i = 0; i < 8; i += 4) kernel(v + i * kSplit, p, tiles, sums + 8 * row + i, ahead);
+            row += left == 3 || left > 4 ? 3 : least(left, 2);
         }
     }
 };

@@ -171,13 +171,14 @@ Tokens tokens_of(const Tensor& x) {
 
 Pages pages_of(const Tensor& pages) {
     TORCH_CHECK(pages.dim() == 3 && pages.scalar_type() == at::kByte, "pages must be uint8 [B, C, N]");
+    TORCH_CHECK(pages.is_cpu(), "pages are on ", pages.device(), ", this engine works on the CPU");
     TORCH_CHECK(pages.stride(1) == pages.size(2) && pages.stride(2) == 1, "a page must be contiguous");
     TORCH_CHECK(pages.size(2) % 16 == 0, "blocks of ", pages.size(2), " tokens; they must hold a multiple of 16");
     return {static_cast<uint8_t*>(pages.data_ptr()), pages.stride(0), static_cast<int>(pages.size(2)), pages.size(1)};
 }
 
 const int32_t* indices_of(const Tensor& x) {
-    TORCH_CHECK(x.scalar_type() == at::kInt && x.stride(-1) == 1, "indices must be contiguous int32");
+    TORCH_CHECK(x.scalar_type() == at::kInt && (x.stride(-1) == 1 || x.size(-1) == 1), "indices must be contiguous int32");
     return x.const_data_ptr<int32_t>();
 }
 
@@ -191,6 +192,27 @@ void write(const Codec& codec, int isa, const Tensor& key, const Tensor& value, 
     available().at(isa)->write(writing);
 }
 
+// A token's key before its value, converted where the window's dtype is another one.
+void write_window(const Tensor& key, const Tensor& value, const Tensor& slots, const Tensor& pages) {
+    const Tokens sources[] = {tokens_of(key), tokens_of(value)};
+    const int64_t heads = key.size(1), dim = key.size(2), block = pages.size(2);
+    TORCH_CHECK(slots.is_contiguous() && dim <= kMaxDim, "slots must be contiguous and heads of at most ", kMaxDim);
+    TORCH_CHECK(pages.stride(3) == 1 && pages.stride(2) == 2 * dim, "a window's tokens must be contiguous");
+    const Dtype dtype = dtype_of(pages);
+    for (int64_t t = 0; t < slots.numel(); ++t) {
+        const int64_t slot = slots.const_data_ptr<int64_t>()[t];
+        if (slot < 0) continue;
+        for (int64_t h = 0; h < heads; ++h)
+            for (int kind = 0; kind < 2; ++kind) {
+                const Tokens& source = sources[kind];
+                float row[kMaxDim];
+                load_row(source.data, source.dtype, t * source.token_stride + h * source.head_stride, dim, row);
+                store_row(row, dtype, slot / block * pages.stride(0) + h * pages.stride(1) + (slot % block * 2 + kind) * dim,
+                          dim, pages.data_ptr());
+            }
+    }
+}
+
 void attend(const Codec& codec, int isa, const Tensor& query, const Tensor& pages, const Tensor& query_start,
             const Tensor& seq_lens, const Tensor& block_table, double scale, int64_t window_size, bool whole_chunk,
             const std::optional<Tensor>& window_pages, const std::optional<Tensor>& window_table, const Tensor& output) {
@@ -202,7 +224,8 @@ void attend(const Codec& codec, int isa, const Tensor& query, const Tensor& page
     step.pages = pages_of(pages);
     step.sequences = static_cast<int>(seq_lens.numel());
     step.query_start = indices_of(query_start);
-    step.seq_lens = indices_of(seq_lens);
+    const Tensor lengths = seq_lens.contiguous();
+    step.seq_lens = indices_of(lengths);
     step.table = indices_of(block_table);
     step.table_stride = block_table.stride(0);
     TORCH_CHECK(output.stride(2) == 1 && output.stride(1) == codec.layer.dim, "heads of the output must be contiguous");
@@ -233,5 +256,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
                       const Widths&, const Widths&, const std::optional<Tensor>&, bool, int64_t>());
     module.def("instruction_sets", &instruction_sets, "Names of those this processor has, best first.");
     module.def("write", &kvsplice::write, py::call_guard<py::gil_scoped_release>());
+    module.def("write_window", &write_window, py::call_guard<py::gil_scoped_release>());
     module.def("attend", &kvsplice::attend, py::call_guard<py::gil_scoped_release>());
 }

@@ -73,24 +73,47 @@ KV_INLINE Floats larger(Floats a, Floats b) {
 #endif
 }
 
-// out[d] = sum_r weights[r] matrix[r, d], V vectors of 8 at a time so that sums do not wait for each other.
-template <int V>
-KV_INLINE int combine_by(int d, int until, const float* weights, int count, const float* matrix, int64_t stride, float* out) {
-    for (; d + 8 * V <= until; d += 8 * V) {
-        HalfFloats sums[V];
-        each<V>([&](auto v) KV_LAMBDA { sums[v] = HalfFloats{}; });
-        for (int r = 0; r < count; ++r) {
-            const float weight = weights[r];
-            const float* row = matrix + r * stride + d;
-            each<V>([&](auto v) KV_LAMBDA { sums[v] += weight * load<HalfFloats>(row + 8 * v); });
-        }
-        each<V>([&](auto v) KV_LAMBDA { store(out + d + 8 * v, sums[v]); });
+// out[n, d] = sum_r weights[n, r] matrix[r, d]: `rows` small vectors by one matrix.
+struct Product {
+    const float* weights;
+    int64_t weights_stride;
+    int count;  // of r
+    const float* matrix;
+    int64_t matrix_stride;
+    int width;  // of d, a multiple of 8
+    float* out;
+    int64_t out_stride;
+};
+
+// N rows from `first` by V vectors from `d`, whose sums do not wait for each other.
+template <int N, int V, class Vector>
+KV_INLINE void combine_block(const Product& p, int first, int d) {
+    constexpr int lanes = sizeof(Vector) / sizeof(float);
+    Vector sums[N][V];
+    each<N * V>([&](auto i) KV_LAMBDA { sums[i / V][i % V] = Vector{}; });
+    for (int r = 0; r < p.count; ++r) {
+        const float* row = p.matrix + r * p.matrix_stride + d;
+        Vector values[V];
+        each<V>([&](auto v) KV_LAMBDA { values[v] = load<Vector>(row + lanes * v); });
+        each<N>([&](auto n) KV_LAMBDA {
+            const float weight = p.weights[(first + n) * p.weights_stride + r];
+            each<V>([&](auto v) KV_LAMBDA { sums[n][v] += weight * values[v]; });
+        });
     }
-    return d;
+    each<N * V>([&](auto i) KV_LAMBDA { store(p.out + (first + i / V) * p.out_stride + d + lanes * (i % V), sums[i / V][i % V]); });
 }
-inline void combine(const float* weights, int count, const float* matrix, int64_t stride, int width, float* out) {
-    const int d = combine_by<8>(0, width, weights, count, matrix, stride, out);
-    combine_by<1>(d, width, weights, count, matrix, stride, out);
+
+template <int N>
+void combine_rows(const Product& p, int first) {
+    int d = 0;
+    for (; d + 64 <= p.width; d += 64) combine_block<N, 4, Floats>(p, first, d);
+    for (; d < p.width; d += 8) combine_block<N, 1, HalfFloats>(p, first, d);
+}
+
+inline void combine(const Product& p, int rows) {
+    int row = 0;
+    for (; row + 4 <= rows; row += 4) combine_rows<4>(p, row);
+    for (; row < rows; ++row) combine_rows<1>(p, row);
 }
 
 // 2^x for x <= 0, within 3e-6; zero far below.
@@ -121,6 +144,16 @@ KV_INLINE float sum_of(Floats v) {
     for (float x : lanes) total += x;
     return total;
 }
+
+// Lines of memory to ask for, a few at a time between products: all at once they would hold up the core.
+struct Ahead {
+    const uint8_t* data = nullptr;
+    int64_t stride = 0, count = 0;
+
+    KV_INLINE void ask() {
+        for (int i = 0; i < 2 && count > 0; ++i, --count, data += stride) __builtin_prefetch(data, 0, 2);
+    }
+};
 
 // Token of a tile that stands at place `s` of its scores.
 template <class Isa>
@@ -240,14 +273,15 @@ struct Attention {
             w.begin[row] = w.last[row] + 1 - step.window.size;
             if (step.window.size && step.window.whole_chunk) w.begin[row] = least(w.begin[row], first_query);
             w.stored[row] = most<int64_t>(0, w.begin[row]);
-            absorb(half, q, row);
             split_mean(half, q, row);
         }
+        combine({w.query, round_up(dim, 16), dim, half.synthesis, half.latents, half.latents, w.absorbed, round_up(key_latents, 16)}, b.rows);
+        for (int row = 0; row < b.rows; ++row) quantise(half, row);
     }
 
-    void absorb(const Half& half, const float* q, int row) {
-        float* absorbed = w.absorbed + row * round_up(key_latents, 16);
-        combine(q, dim, half.synthesis, half.latents, half.latents, absorbed);
+    // An absorbed query in 16 bits.
+    void quantise(const Half& half, int row) {
+        const float* absorbed = w.absorbed + row * round_up(key_latents, 16);
         float size = 0;
         for (int r = 0; r < half.latents; ++r) size = most(size, __builtin_fabsf(absorbed[r]));
         // 127 * 256 + 127: what two signed bytes hold.
@@ -346,12 +380,11 @@ struct Attention {
         return {w.tile, kTile};
     }
 
-    // Ask for a tile that is read soon.
-    void fetch(const Block& b, const Half& half, int64_t tile) {
-        if (step.pages.block % kTile || tile * kTile >= b.context || !half.group_count) return;
+    // The byte planes of a tile, to be asked for while others are worked on; nothing where there are none.
+    Ahead ahead_of(const Block& b, const Half& half, int64_t tile) {
+        if (step.pages.block % kTile || tile * kTile >= b.context || !half.group_count) return {nullptr, 0, 0};
         const Planes planes = planes_of(b, half, tile);
-        const int64_t count = plane_count(half);
-        for (int64_t c = 0; c < count; ++c) __builtin_prefetch(planes.data + c * planes.stride, 0, 2);
+        return {planes.data, planes.stride, plane_count(half)};
     }
 
     // One split of 512 positions: top, weight and latents of every row, into `partial` [rows, partial_size].
@@ -419,19 +452,17 @@ struct Attention {
     void score_latents(const Block& b, int split, int tiles) {
         const Half& half = layer.key[b.head];
         if (!half.group_count) return;
-        const Half& value = layer.value[b.head];
         for (int tile = 0; tile < tiles; ++tile) {
             const int64_t number = split * static_cast<int64_t>(kSplitTiles) + tile;
             const Planes planes = planes_of(b, half, number);
-            fetch(b, value, number);
-            fetch(b, half, number + 1);
+            Ahead ahead = ahead_of(b, half, number + 1);
             for (int g = 0; g < half.group_count; ++g) {
                 const Group& group = half.groups[g];
                 const uint8_t* data = planes.data + (group.plane - half.groups[0].plane) * planes.stride;
                 Isa::unpack_keys(group, data, planes.stride, w.keys + Isa::kKeyBytes * g * 8 * kTile / 2);
             }
             Isa::dot_keys(w.keys, half.latents, w.quantised, round_up(key_latents, 64), w.unit, w.offset, b.rows,
-                          w.scores + tile * kTile);
+                          w.scores + tile * kTile, ahead);
         }
     }
 
@@ -486,8 +517,12 @@ struct Attention {
         if (!half.group_count) return;
         Planes planes[kSplitTiles];
         const bool gathered = step.pages.block % kTile != 0;
-        for (int tile = 0; tile < tiles && !gathered; ++tile)
-            planes[tile] = planes_of(b, half, split * static_cast<int64_t>(kSplitTiles) + tile);
+        Ahead next[kSplitTiles];
+        for (int tile = 0; tile < tiles && !gathered; ++tile) {
+            const int64_t number = split * static_cast<int64_t>(kSplitTiles) + tile;
+            planes[tile] = planes_of(b, half, number);
+            next[tile] = ahead_of(b, half, number + kSplitTiles);
+        }
         for (int g = 0; g < half.group_count; ++g) {
             const Group& group = half.groups[g];
             for (int tile = 0; tile < tiles; ++tile) {
@@ -496,7 +531,13 @@ struct Attention {
                 Isa::unpack_values(group, data, planes[tile].stride, w.values, tile);
             }
             int32_t sums[kRows * 8];
-            Isa::dot_values(w.values, w.probability, tiles, b.rows, sums);
+            Ahead ahead[kSplitTiles];
+            for (int tile = 0; tile < kSplitTiles; ++tile) {
+                ahead[tile] = gathered || tile >= tiles ? Ahead{} : next[tile];
+                ahead[tile].data += (group.plane - half.groups[0].plane) * ahead[tile].stride;
+                ahead[tile].count = least<int64_t>(ahead[tile].count, group.width);
+            }
+            Isa::dot_values(w.values, w.probability, tiles, b.rows, sums, ahead);
             for (int row = 0; row < b.rows; ++row)
                 for (int i = 0; i < 8; ++i)
                     partial[row * partial_size + 2 + 8 * g + i] = static_cast<float>(sums[row * 8 + i]) * (1 / 32767.0f);
@@ -585,7 +626,7 @@ struct Attention {
         state(row).total += sum_of(total) * share;
         const int64_t width = round_up(dim, 16);
         float values[kMaxDim];
-        combine(probability + from, until - from, w.exact_values + from * width, width, dim, values);
+        combine({probability + from, 0, until - from, w.exact_values + from * width, width, dim, values, 0}, 1);
         float* sums = exact(row);
         for (int d = 0; d < dim; ++d) sums[d] += values[d] * share;
     }
@@ -595,11 +636,12 @@ struct Attention {
     void finish(const Block& b) {
         if (step.window.size) attend_window(b);
         const Half& half = layer.value[b.head];
+        // Queries are done with: their place takes the outputs.
+        combine({state(0).latents(), state_size, half.latents, half.synthesis, dim, dim, w.query, round_up(dim, 16)}, b.rows);
         for (int row = 0; row < b.rows; ++row) {
             State& s = state(row);
-            float output[kMaxDim];
+            float* output = w.query + row * round_up(dim, 16);
             const float inverse = 1 / s.total;
-            combine(s.latents(), half.latents, half.synthesis, dim, dim, output);
             const float* read = exact(row);
             for (int d = 0; d < dim; ++d)
                 output[d] = (output[d] + read[d] + s.on_stored * half.mean[d] + s.on_sink * half.sink[d]) * inverse;

@@ -99,10 +99,11 @@ struct Wide {
         }
     }
 
-    static void dot_keys(const int16_t* keys, int latents, const int16_t* query, int64_t query_stride, const float* unit, const int32_t*, int rows, float* scores) {
+    static void dot_keys(const int16_t* keys, int latents, const int16_t* query, int64_t query_stride, const float* unit, const int32_t*, int rows, float* scores, Ahead& ahead) {
         for (int row = 0; row < rows; ++row, query += query_stride, scores += kSplit) {
             Sums sums[8] = {};
             for (int r = 0; r < latents; r += 2) {
+                ahead.ask();
                 const int32_t pair = static_cast<uint16_t>(query[r]) | static_cast<int32_t>(query[r + 1]) << 16;
                 const Shorts both = (Shorts)(Sums{} + pair);
                 for (int i = 0; i < 8; ++i) sums[i] += pair_products(load<Shorts>(keys + r * kTile + 16 * i), both);
@@ -112,10 +113,11 @@ struct Wide {
         }
     }
 
-    static void dot_values(const int16_t* values, const int16_t* probability, int tiles, int rows, int32_t* sums) {
+    static void dot_values(const int16_t* values, const int16_t* probability, int tiles, int rows, int32_t* sums, Ahead* ahead) {
         for (int row = 0; row < rows; ++row, probability += kSplit) {
             Sums total[8] = {};
             for (int t = 0; t < tiles * kTile; t += 16) {
+                if (t % kTile == 0) ahead[t / kTile].ask();
                 const Shorts p = load<Shorts>(probability + t);
                 for (int i = 0; i < 8; ++i) total[i] += pair_products(p, load<Shorts>(values + i * kSplit + t));
             }
