@@ -6,7 +6,7 @@ VARIANT ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 STAMP := $(VENV)/.installed-$(VARIANT)
 PORT ?= 8000
 
-.PHONY: demo serve test quick lint lock bench-server clean
+.PHONY: demo serve test quick lint lock bench-cpu bench-server clean
 
 demo: $(STAMP)
 	$(BIN)/python -m benchmarks.demo
@@ -31,6 +31,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The CPU engine beside stock vLLM's attention, about five minutes.
+bench-cpu: $(STAMP)
+	$(BIN)/python -m benchmarks.cpu
 
 lock: $(STAMP)
 	$(BIN)/python requirements/lock.py

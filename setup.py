@@ -1,6 +1,60 @@
-"""Packaging; settings of the development tools are in pyproject.toml."""
+"""Packaging, and the C++ engine where there is a compiler; settings of the development tools are in pyproject.toml."""
+
+import platform
+import sys
+from pathlib import Path
+from typing import Any
 
 from setuptools import find_packages, setup
+
+KERNELS = Path("vllm_kvsplice/engines/cpu")
+X86 = platform.machine() in ("x86_64", "AMD64")
+# Only a file of its own may use instructions that not every processor has.
+FLAGS = {
+    "codec.cpp": ["-ffp-contract=off"],
+    "avx2.cpp": ["-mavx2", "-mfma", "-mbmi2"],
+    "avx512.cpp": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512vbmi",
+        "-mavx512vnni",
+        "-mfma",
+        "-mbmi2",
+    ],
+}
+
+
+def native_extension() -> dict[str, Any]:
+    """Arguments of `setup` that build the kernels; none without torch. A failed build leaves the package without them."""
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        print("vllm-kvsplice: torch is not importable here, so the C++ engine is not built", file=sys.stderr)
+        return {}
+
+    class OptionalBuild(BuildExtension):
+        def build_extensions(self) -> None:
+            compile_one = self.compiler._compile
+
+            def with_flags(obj: str, source: str, ext: str, cc_args: Any, postargs: list[str], pp_opts: Any) -> None:
+                compile_one(obj, source, ext, cc_args, postargs + FLAGS.get(Path(source).name, []), pp_opts)
+
+            self.compiler._compile = with_flags
+            super().build_extensions()
+
+    sources = ["binding.cpp", "codec.cpp", "portable.cpp", *(["avx2.cpp", "avx512.cpp"] if X86 else [])]
+    kernels = CppExtension(
+        "vllm_kvsplice.engines.cpu._native",
+        [str(KERNELS / name) for name in sources],
+        depends=[str(path) for path in KERNELS.glob("*.h")],
+        extra_compile_args=["-std=c++20", "-O3", "-fopenmp", "-Wno-psabi", "-Wno-ignored-attributes"],
+        extra_link_args=["-fopenmp"],
+    )
+    kernels.optional = True
+    return {"ext_modules": [kernels], "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=False)}}
+
 
 setup(
     name="vllm-kvsplice",
@@ -9,7 +63,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_kvsplice", "vllm_kvsplice.*", "calibration"]),
-    package_data={"vllm_kvsplice": ["py.typed"]},
+    package_data={"vllm_kvsplice": ["py.typed", "engines/cpu/*.h", "engines/cpu/*.cpp"]},
     # vllm itself is not named here: pip would replace a CPU or ROCm build by the CUDA one. See requirements/.
     install_requires=[
         "torch",
@@ -25,4 +79,5 @@ setup(
         "console_scripts": ["kvsplice = vllm_kvsplice.cli:main"],
         "vllm.general_plugins": ["kvsplice = vllm_kvsplice:register"],
     },
+    **native_extension(),
 )

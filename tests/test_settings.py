@@ -9,14 +9,14 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from tests.artifact.samples import files_of, sample
 from vllm_kvsplice.artifact import save_artifact
-from vllm_kvsplice.engines import ENGINES
+from vllm_kvsplice.engines import ENGINES, default_engine
 from vllm_kvsplice.errors import ArtifactError, KVSpliceError
 from vllm_kvsplice.serving.settings import Settings, locate_artifact, open_artifact, read_settings
 
 
 @pytest.mark.parametrize("config", [None, {}, {"kvsplice": {}}, {"others": {"artifact": 3}}])
 def test_everything_has_a_default(config: Any) -> None:
-    assert read_settings(config) == Settings(artifact=None, engine="reference", digest=None)
+    assert read_settings(config) == Settings(artifact=None, engine=default_engine(), digest=None)
 
 
 def test_settings_are_read() -> None:

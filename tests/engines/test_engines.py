@@ -35,21 +35,33 @@ from tests.cases import (
 )
 from vllm_kvsplice import artifact as artifact_module
 from vllm_kvsplice.codec import LayerCodec
-from vllm_kvsplice.engines import ENGINES, Batch, Engine, Window, get_engine, reference
+from vllm_kvsplice.engines import Batch, Engine, Window, get_engine, reference
+from vllm_kvsplice.engines.cpu import ISA_VARIABLE, CpuEngine, instruction_sets
 from vllm_kvsplice.errors import KVSpliceError
 
-# Both relative to the largest output (about 3). Measured on the reference engine over every case below: 2.3e-6.
-ORACLE_LIMIT = 5e-6
-# Between two float32 runs that only sum in another order; measured: 1.8e-7.
+# All relative to the largest output (about 3). Measured on the reference engine over every case below: 2.3e-6. The CPU
+# engine's queries have 16 bits and its probabilities 15: 7.8e-5.
+ORACLE_LIMIT, CPU_ORACLE_LIMIT = 5e-6, 2e-4
+# Between two float32 runs of the reference that only sum in another order; measured: 1.8e-7. The CPU engine promises the
+# same bits.
 ORDER_LIMIT = 1e-6
 
 STEP = Case(MIXED)
 WINDOWED = Case(MIXED, window=16)
 
 
-@pytest.fixture(params=sorted(ENGINES))
+@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in instruction_sets())])
 def engine(request) -> Engine:
-    return get_engine(request.param)
+    name, _, isa = request.param.partition("-")
+    return CpuEngine(isa) if isa else get_engine(name)
+
+
+def oracle_limit(engine: Engine) -> float:
+    return CPU_ORACLE_LIMIT if getattr(engine, "isa", None) else ORACLE_LIMIT
+
+
+def order_limit(engine: Engine) -> float:
+    return 0 if getattr(engine, "isa", None) else ORDER_LIMIT
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +115,7 @@ def check_chunks(engine: Engine, case: Case = STEP) -> None:
 def check_attention(engine: Engine, case: Case = STEP) -> None:
     """Attention over pages is dense attention over what the codec restores."""
     step = make_step(case).store(engine)
-    expect_close(step.attend(engine), step.oracle(), ORACLE_LIMIT, f"attention equals the oracle, {case}")
+    expect_close(step.attend(engine), step.oracle(), oracle_limit(engine), f"attention equals the oracle, {case}")
 
 
 def check_poison(engine: Engine, case: Case = STEP) -> None:
@@ -138,8 +150,12 @@ def check_batching(engine: Engine, case: Case = STEP) -> None:
     shuffled = step.pick(order).attend(engine).split([len(together[i]) for i in order])
     for place, index in enumerate(order):
         alone = step.pick([index]).attend(engine)
-        expect_close(together[index], alone, ORDER_LIMIT, f"sequence {index} in a batch equals itself alone, {case}")
-        expect_close(shuffled[place], alone, ORDER_LIMIT, f"sequence {index} in any place equals itself alone, {case}")
+        expect_close(
+            together[index], alone, order_limit(engine), f"sequence {index} in a batch equals itself alone, {case}"
+        )
+        expect_close(
+            shuffled[place], alone, order_limit(engine), f"sequence {index} in any place equals itself alone, {case}"
+        )
 
 
 def check_strided(engine: Engine, case: Case = STEP) -> None:
@@ -174,7 +190,7 @@ def check_ranks(engine: Engine, heads: int = 6, ranks: int = 3) -> None:
         codec = artifact.layer_shard(0, rank, ranks)
         pages = torch.full((len(whole.pages), codec.layout.token_bytes, case.block), CANARY, dtype=torch.uint8)
         outputs.append(Step(codec, requests, pages, whole.scale).store(engine).attend(engine))
-    expect_close(torch.cat(outputs, 1), whole.attend(engine), ORDER_LIMIT, f"{ranks} ranks equal one")
+    expect_close(torch.cat(outputs, 1), whole.attend(engine), order_limit(engine), f"{ranks} ranks equal one")
 
 
 # --- promises -------------------------------------------------------------------------------------------------------
@@ -198,6 +214,8 @@ SHAPES += [
     Case(((1, 300), (150, 300), (140, 140)), window=32, window_block=16, dim=64),
     Case(((1, 300), (150, 300), (140, 140)), window=32, whole_chunk=True),
     Case(((3, 4999),), heads=1, group=1, block=128, window=128, window_block=16),
+    Case(((1, 700), (5, 1300), (40, 40)), group=16, dim=256, block=256, window=32, window_block=16),
+    *(Case(((1, 1100), (70, 600)), group=2, dim=64, block=n, window=20) for n in (48, 64, 96)),
 ]
 # One, two or three queries at every fill of the last block, with and without full blocks before it.
 RESIDUES = [
@@ -267,7 +285,7 @@ def test_tensor_parallel_ranks_side_by_side_equal_one_rank(engine, heads, ranks)
 def test_a_window_as_long_as_the_context_is_dense_attention(engine, window):
     step = make_step(Case(((1, 40), (33, 64)), window=window)).store(engine)
     dense = [dense_attention(r.query, r.key, r.value, step.scale) for r in step.requests]
-    expect_close(step.attend(engine), torch.cat(dense), ORACLE_LIMIT, "everything is read exactly")
+    expect_close(step.attend(engine), torch.cat(dense), oracle_limit(engine), "everything is read exactly")
 
 
 def test_no_window_is_the_pure_codec(engine):
@@ -276,7 +294,7 @@ def test_no_window_is_the_pure_codec(engine):
         dense_attention(r.query, *step.codec.reconstruct(r.key, r.value, r.positions), step.scale)
         for r in step.requests
     ]
-    expect_close(step.attend(engine), torch.cat(pure), ORACLE_LIMIT, "everything is read as stored")
+    expect_close(step.attend(engine), torch.cat(pure), oracle_limit(engine), "everything is read as stored")
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 17, 64])
@@ -287,7 +305,7 @@ def test_what_a_query_reads_does_not_depend_on_how_its_sequence_was_cut_into_ste
         end = min(65, first + chunk)
         part = replace(request, query=request.query[first:end], key=request.key[:end], value=request.value[:end])
         output = replace(step, requests=[part]).attend(engine)
-        expect_close(output, whole[first:end], ORDER_LIMIT, f"chunks of {chunk} read what the whole reads")
+        expect_close(output, whole[first:end], order_limit(engine), f"chunks of {chunk} read what the whole reads")
 
 
 @pytest.mark.parametrize("sinks", SINKS)
@@ -329,7 +347,7 @@ def test_bytes_and_output_do_not_depend_on_the_number_of_threads(engine, count):
     alone, together = make_step(LARGE), make_step(LARGE)
     output = alone.store(engine).attend(engine)
     with threads(count):
-        expect_close(together.store(engine).attend(engine), output, ORDER_LIMIT, "threads give the same output")
+        expect_close(together.store(engine).attend(engine), output, order_limit(engine), "threads give the same output")
     assert torch.equal(together.pages, alone.pages)
 
 
@@ -360,6 +378,48 @@ def test_pages_past_2_and_4_gib_behave_like_near_ones(engine, stride):
     assert torch.equal(far.attend(engine), near.attend(engine))
 
 
+LONG = Case(((5, 1500), (40, 620), (1, 700), (70, 70)), dim=64, block=64, window=32, window_block=16)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_the_cpu_engine_answers_with_the_same_bits_alone_in_chunks_and_on_any_number_of_threads(isa):
+    engine = CpuEngine(isa)
+    step = make_step(LONG).store(engine)
+    whole = step.attend(engine)
+    with threads(3):
+        assert torch.equal(step.attend(engine), whole)
+    for index, expected in enumerate(whole.split([len(r.query) for r in step.requests])):
+        request = step.requests[index]
+        first, last = len(request.key) - len(request.query), len(request.key)
+        for start, end in ((first, last), (first, first + 1), ((first + last) // 2, last)):
+            part = replace(
+                request,
+                query=request.query[start - first : end - first],
+                key=request.key[:end],
+                value=request.value[:end],
+            )
+            alone = replace(step, requests=[part]).attend(engine)
+            assert torch.equal(alone, expected[start - first : end - first])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_the_cpu_engine_reads_and_writes_all_dtypes_of_a_window(isa, dtype):
+    step = make_step(WINDOWED)
+    step = replace(with_tensors(step, lambda x: x.to(dtype)), window_pages=step.window_pages.to(dtype))
+    outputs = [step.store(engine).attend(engine) for engine in (reference, CpuEngine(isa))]
+    expect_close(outputs[1], outputs[0], CPU_ORACLE_LIMIT, f"a window of {dtype} is read like by the reference")
+
+
+def test_the_instruction_set_can_be_chosen(monkeypatch):
+    for isa in instruction_sets():
+        monkeypatch.setenv(ISA_VARIABLE, isa)
+        assert CpuEngine().isa == isa
+    monkeypatch.setenv(ISA_VARIABLE, "mmx")
+    with pytest.raises(KVSpliceError, match=r"'mmx'; choose one of .*portable"):
+        CpuEngine()
+
+
 def test_an_unknown_engine_is_refused_with_the_choices():
     with pytest.raises(KVSpliceError, match=r"'warp' is unknown; choose one of .*reference"):
         get_engine("warp")
@@ -386,7 +446,7 @@ def plant(method: str, change: Callable[..., dict]) -> Fault:
 
 def with_method(engine: Engine, name: str, method: Callable) -> Engine:
     methods = {n: getattr(engine, n) for n in ("write", "write_window", "attend")}
-    return SimpleNamespace(**methods | {name: method})
+    return SimpleNamespace(**methods | {name: method, "isa": getattr(engine, "isa", None)})
 
 
 def recode(method: str, change: Callable[[LayerCodec], dict]) -> Fault:

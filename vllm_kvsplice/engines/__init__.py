@@ -1,12 +1,20 @@
-"""Engines: implementations of the contract in `contract`. `reference` is the specification."""
+"""Engines: implementations of the contract in `contract`. `reference` is the specification, `cpu` needs a compiler."""
+
+import torch
 
 from vllm_kvsplice.engines import reference
 from vllm_kvsplice.engines.contract import Batch, Engine, Window
+from vllm_kvsplice.engines.cpu import CpuEngine, native
 from vllm_kvsplice.errors import KVSpliceError
 
-__all__ = ["ENGINES", "Batch", "Engine", "Window", "get_engine"]
+__all__ = ["ENGINES", "Batch", "Engine", "Window", "default_engine", "get_engine"]
 
-ENGINES: dict[str, Engine] = {"reference": reference}
+ENGINES: dict[str, Engine] = {"reference": reference} | ({"cpu": CpuEngine()} if native else {})
+
+
+def default_engine() -> str:
+    """The fastest engine that is installed and works where vLLM keeps its cache."""
+    return "cpu" if "cpu" in ENGINES and not torch.cuda.is_available() else "reference"
 
 
 def get_engine(name: str) -> Engine:

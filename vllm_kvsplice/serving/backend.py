@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_kvsplice.artifact import Artifact
 from vllm_kvsplice.codec import LayerCodec
-from vllm_kvsplice.engines import Batch, Window, get_engine
+from vllm_kvsplice.engines import Batch, Window, cpu, get_engine
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.serving.plugin import BLOCK_MULTIPLE, served_artifact, window_blocks
 from vllm_kvsplice.serving.settings import Settings
@@ -267,6 +267,8 @@ def _announce(vllm_config: VllmConfig) -> None:
     windows = sum(isinstance(layer, WindowLayer) for layer in layers)
     dense = len(layers) - windows - bound
     logger.info("KVSplice is in use: %s", describe(artifact, bound, dense, settings.engine))
+    if cpu.native is None and not torch.cuda.is_available():
+        logger.warning("KVSplice: %s", cpu.MISSING)
     logger.info("KVSplice reads exactly: %s", describe_window(vllm_config, settings))
 
 

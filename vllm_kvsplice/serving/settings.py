@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_kvsplice.artifact import Artifact, load_artifact
-from vllm_kvsplice.engines import get_engine
+from vllm_kvsplice.engines import default_engine, get_engine
 from vllm_kvsplice.errors import ArtifactError, KVSpliceError
 
 NAMESPACE = "kvsplice"
@@ -23,7 +23,7 @@ class Settings(BaseModel):
 
     Attributes:
         artifact: directory, or name on the Hugging Face Hub; None means the folder `kvsplice` of the model.
-        engine: kernel implementation.
+        engine: kernel implementation; the fastest that is installed unless named.
         recent_window: W; a query reads the last W tokens exactly. 0: everything as stored. Filled in at start.
         prefill: `stored` reads a prompt by the same rule. `exact` reads all of a step's own tokens exactly, so that a
             prompt's states are better and the answer depends on how it was cut into steps.
@@ -36,7 +36,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     artifact: str | None = None
-    engine: str = "reference"
+    engine: str = Field(default_factory=default_engine)
     recent_window: int | None = Field(default=None, ge=0, le=MAX_WINDOW)
     prefill: Literal["stored", "exact"] = "stored"
     digest: str | None = None

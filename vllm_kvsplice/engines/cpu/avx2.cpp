@@ -1,0 +1,6 @@
+// AVX2 and FMA.
+#include "wide.h"
+
+namespace kvsplice {
+const Kernels kAvx2 = {"avx2", attend<Wide>, write};
+}

@@ -1,0 +1,261 @@
+// From Python and torch to the kernels: checks, tables made once a layer, and the choice of instruction set.
+#include <torch/extension.h>
+
+#include <cmath>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "codec.h"
+
+namespace kvsplice {
+namespace {
+
+using at::Tensor;
+using Widths = std::vector<std::vector<int64_t>>;
+
+// Tables of one rotation; they grow, and all layers that turn alike share them.
+struct RotaryTables {
+    std::vector<float> inv_freq, angles, centres, in_order, in_quads;
+    Rotary view;
+
+    RotaryTables(std::vector<float> frequencies, bool interleaved) : inv_freq(std::move(frequencies)) {
+        const size_t pairs = inv_freq.size();
+        in_order.resize(pairs * 64);
+        in_quads.resize(pairs * 64);
+        for (int s = 0; s < 32; ++s) {
+            // Second half of a tile; quads: register 2 or 3, whose lanes hold four tokens of each quarter.
+            const int quad_token = s / 4 % 4 * 16 + (2 + s / 16) * 4 + s % 4;
+            turn(in_order, s, 32 + s - (kTile - 1) / 2.0);
+            turn(in_quads, s, quad_token - (kTile - 1) / 2.0);
+        }
+        view = {nullptr, nullptr, in_order.data(), in_quads.data(), static_cast<int>(pairs), interleaved};
+    }
+
+    void turn(std::vector<float>& table, int place, double offset) {
+        for (size_t f = 0; f < inv_freq.size(); ++f) {
+            table[f * 64 + place] = static_cast<float>(std::cos(offset * inv_freq[f]));
+            table[f * 64 + 32 + place] = static_cast<float>(std::sin(offset * inv_freq[f]));
+        }
+    }
+
+    void reach_position(int64_t position) { view.angles = grown(angles, position + 1, 1, 0); }
+    void reach_context(int64_t tokens) { view.centres = grown(centres, tokens / kTile + 1, kTile, (kTile - 1) / 2.0); }
+
+    const float* grown(std::vector<float>& table, int64_t rows, double scale, double shift) {
+        const int64_t pairs = inv_freq.size(), known = table.size() / (2 * pairs), step = 1024;
+        if (rows > known) {
+            rows = (rows + step - 1) / step * step;
+            table.resize(rows * 2 * pairs);
+            for (int64_t i = known; i < rows; ++i)
+                for (int64_t f = 0; f < pairs; ++f) {
+                    const double angle = (scale * i + shift) * inv_freq[f];
+                    table[i * 2 * pairs + f] = static_cast<float>(std::cos(angle));
+                    table[i * 2 * pairs + pairs + f] = static_cast<float>(std::sin(angle));
+                }
+        }
+        return table.data();
+    }
+};
+
+std::shared_ptr<RotaryTables> shared_rotary(const Tensor& inv_freq, bool interleaved) {
+    static std::map<std::pair<std::vector<float>, bool>, std::weak_ptr<RotaryTables>> known;
+    const float* data = inv_freq.const_data_ptr<float>();
+    std::vector<float> frequencies(data, data + inv_freq.numel());
+    auto& entry = known[{frequencies, interleaved}];
+    auto tables = entry.lock();
+    if (!tables) entry = tables = std::make_shared<RotaryTables>(frequencies, interleaved);
+    return tables;
+}
+
+Group make_group(int width, int64_t plane, const float* levels) {
+    Group group{width, plane, {}, {}};
+    const int count = 1 << width;
+    for (int code = 0; code < 128; ++code) group.levels[code] = static_cast<int8_t>(levels[code % count]);
+    for (int place = -256; place < 256; ++place) {
+        int code = 0;
+        while (code + 1 < count && levels[code] + levels[code + 1] < static_cast<float>(place)) ++code;
+        group.codes[place + 256] = static_cast<uint8_t>(code);
+    }
+    return group;
+}
+
+// A layer's codec in the kernels' form.
+class Codec {
+   public:
+    Codec(const std::map<std::string, Tensor>& key, const std::map<std::string, Tensor>& value, const Widths& key_widths,
+          const Widths& value_widths, const Widths& key_planes, const Widths& value_planes,
+          const std::optional<Tensor>& inv_freq, bool interleaved, int64_t code_bytes)
+        : keys_(make_halves(key, key_widths, key_planes, false)), values_(make_halves(value, value_widths, value_planes, true)) {
+        if (inv_freq && inv_freq->numel()) rotary = shared_rotary(inv_freq->contiguous(), interleaved);
+        layer = {static_cast<int>(keys_.size()), static_cast<int>(key.at("mean").size(1)), code_bytes, keys_.data(), values_.data(),
+                 rotary ? &rotary->view : nullptr};
+        TORCH_CHECK(layer.dim <= kMaxDim && layer.dim % 8 == 0, "heads of ", layer.dim, " dimensions are not supported");
+    }
+
+    Layer layer;
+    std::shared_ptr<RotaryTables> rotary;
+
+   private:
+    const float* keep(Tensor tensor) {
+        kept_.push_back(tensor.to(at::kFloat).contiguous().clone());
+        return kept_.back().const_data_ptr<float>();
+    }
+
+    std::vector<Half> make_halves(const std::map<std::string, Tensor>& kind, const Widths& widths, const Widths& planes, bool value) {
+        std::vector<Half> halves;
+        for (size_t head = 0; head < widths.size(); ++head) {
+            const Tensor levels = kind.at("levels")[head].to(at::kFloat).contiguous();
+            std::vector<int64_t> latents;
+            auto groups = std::make_unique<std::vector<Group>>();
+            for (size_t g = 0; g < widths[head].size(); ++g) {
+                if (widths[head][g] == 0) continue;
+                groups->push_back(make_group(widths[head][g], planes[head][g], levels[g].const_data_ptr<float>()));
+                for (int i = 0; i < 8; ++i) latents.push_back(8 * g + i);
+            }
+            const Tensor used = at::tensor(latents, at::kLong);
+            const Tensor synthesis = kind.at("synthesis")[head].index_select(1, used);
+            halves.push_back({groups->data(), static_cast<int>(groups->size()), static_cast<int>(latents.size()),
+                              keep(kind.at("mean")[head]), keep(kind.at("sink")[head]),
+                              keep(kind.at("sink_scale")[head].index_select(0, used)),
+                              keep(kind.at("analysis")[head].index_select(0, used).t()), keep(value ? synthesis.t() : synthesis)});
+            groups_.push_back(std::move(groups));
+        }
+        return halves;
+    }
+
+    std::vector<Tensor> kept_;
+    std::vector<std::unique_ptr<std::vector<Group>>> groups_;
+    std::vector<Half> keys_, values_;
+};
+
+const std::vector<const Kernels*>& available() {
+    static const std::vector<const Kernels*> kernels = [] {
+        std::vector<const Kernels*> found{&kPortable};
+#if defined(__x86_64__)
+        __builtin_cpu_init();
+        auto has = [](bool supported) { return supported; };
+        const bool avx2 = has(__builtin_cpu_supports("avx2")) && has(__builtin_cpu_supports("fma")) && has(__builtin_cpu_supports("bmi2"));
+        const bool avx512 = has(__builtin_cpu_supports("avx512f")) && has(__builtin_cpu_supports("avx512bw")) &&
+                            has(__builtin_cpu_supports("avx512vl")) && has(__builtin_cpu_supports("avx512dq")) &&
+                            has(__builtin_cpu_supports("avx512vbmi")) && has(__builtin_cpu_supports("avx512vnni"));
+        if (avx2) found.insert(found.begin(), &kAvx2);
+        if (avx2 && avx512) found.insert(found.begin(), &kAvx512);
+#endif
+        return found;
+    }();
+    return kernels;
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : available()) names.push_back(kernels->name);
+    return names;
+}
+
+Dtype dtype_of(const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case at::kFloat: return Dtype::kFloat32;
+        case at::kBFloat16: return Dtype::kBfloat16;
+        case at::kHalf: return Dtype::kFloat16;
+        default: TORCH_CHECK(false, "dtype ", tensor.scalar_type(), " is not supported");
+    }
+}
+
+Tokens tokens_of(const Tensor& x) {
+    TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1, "tokens must be [T, H, D] with contiguous rows");
+    return {x.const_data_ptr(), dtype_of(x), x.stride(0), x.stride(1)};
+}
+
+Pages pages_of(const Tensor& pages) {
+    TORCH_CHECK(pages.dim() == 3 && pages.scalar_type() == at::kByte, "pages must be uint8 [B, C, N]");
+    TORCH_CHECK(pages.is_cpu(), "pages are on ", pages.device(), ", this engine works on the CPU");
+    TORCH_CHECK(pages.stride(1) == pages.size(2) && pages.stride(2) == 1, "a page must be contiguous");
+    TORCH_CHECK(pages.size(2) % 16 == 0, "blocks of ", pages.size(2), " tokens; they must hold a multiple of 16");
+    return {static_cast<uint8_t*>(pages.data_ptr()), pages.stride(0), static_cast<int>(pages.size(2)), pages.size(1)};
+}
+
+const int32_t* indices_of(const Tensor& x) {
+    TORCH_CHECK(x.scalar_type() == at::kInt && (x.stride(-1) == 1 || x.size(-1) == 1), "indices must be contiguous int32");
+    return x.const_data_ptr<int32_t>();
+}
+
+void write(const Codec& codec, int isa, const Tensor& key, const Tensor& value, const Tensor& positions, const Tensor& slots, const Tensor& pages) {
+    TORCH_CHECK(positions.is_contiguous() && slots.is_contiguous(), "positions and slots must be contiguous");
+    Writing writing{&codec.layer, tokens_of(key), tokens_of(value), positions.const_data_ptr<int64_t>(),
+                    slots.const_data_ptr<int64_t>(), slots.numel(), pages_of(pages), at::get_num_threads()};
+    int64_t last = 0;
+    for (int64_t t = 0; t < writing.tokens; ++t) last = std::max(last, writing.positions[t]);
+    if (codec.rotary) codec.rotary->reach_position(last);
+    available().at(isa)->write(writing);
+}
+
+// A token's key before its value, converted where the window's dtype is another one.
+void write_window(const Tensor& key, const Tensor& value, const Tensor& slots, const Tensor& pages) {
+    const Tokens sources[] = {tokens_of(key), tokens_of(value)};
+    const int64_t heads = key.size(1), dim = key.size(2), block = pages.size(2);
+    TORCH_CHECK(slots.is_contiguous() && dim <= kMaxDim, "slots must be contiguous and heads of at most ", kMaxDim);
+    TORCH_CHECK(pages.stride(3) == 1 && pages.stride(2) == 2 * dim, "a window's tokens must be contiguous");
+    const Dtype dtype = dtype_of(pages);
+    for (int64_t t = 0; t < slots.numel(); ++t) {
+        const int64_t slot = slots.const_data_ptr<int64_t>()[t];
+        if (slot < 0) continue;
+        for (int64_t h = 0; h < heads; ++h)
+            for (int kind = 0; kind < 2; ++kind) {
+                const Tokens& source = sources[kind];
+                float row[kMaxDim];
+                load_row(source.data, source.dtype, t * source.token_stride + h * source.head_stride, dim, row);
+                store_row(row, dtype, slot / block * pages.stride(0) + h * pages.stride(1) + (slot % block * 2 + kind) * dim,
+                          dim, pages.data_ptr());
+            }
+    }
+}
+
+void attend(const Codec& codec, int isa, const Tensor& query, const Tensor& pages, const Tensor& query_start,
+            const Tensor& seq_lens, const Tensor& block_table, double scale, int64_t window_size, bool whole_chunk,
+            const std::optional<Tensor>& window_pages, const std::optional<Tensor>& window_table, const Tensor& output) {
+    Step step{};
+    step.layer = &codec.layer;
+    step.query = tokens_of(query);
+    step.group = static_cast<int>(query.size(1) / codec.layer.heads);
+    step.scale = static_cast<float>(scale);
+    step.pages = pages_of(pages);
+    step.sequences = static_cast<int>(seq_lens.numel());
+    step.query_start = indices_of(query_start);
+    const Tensor lengths = seq_lens.contiguous();
+    step.seq_lens = indices_of(lengths);
+    step.table = indices_of(block_table);
+    step.table_stride = block_table.stride(0);
+    TORCH_CHECK(output.stride(2) == 1 && output.stride(1) == codec.layer.dim, "heads of the output must be contiguous");
+    step.output = output.data_ptr();
+    step.output_dtype = dtype_of(output);
+    step.output_token_stride = output.stride(0);
+    step.threads = at::get_num_threads();
+    if (window_pages) {
+        const int64_t item = size_of(dtype_of(*window_pages));
+        TORCH_CHECK(window_pages->stride(3) == 1 && window_pages->stride(2) == 2 * codec.layer.dim, "a window's tokens must be contiguous");
+        step.window = {static_cast<const uint8_t*>(window_pages->const_data_ptr()), dtype_of(*window_pages),
+                       window_pages->stride(0) * item, window_pages->stride(1) * item, static_cast<int>(window_pages->size(2)),
+                       window_size, whole_chunk, indices_of(*window_table), window_table->stride(0)};
+    }
+    int64_t longest = 0;
+    for (int s = 0; s < step.sequences; ++s) longest = std::max<int64_t>(longest, step.seq_lens[s]);
+    if (codec.rotary) codec.rotary->reach_context(longest);
+    available().at(isa)->attend(step);
+}
+
+}  // namespace
+}  // namespace kvsplice
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+    using namespace kvsplice;
+    py::class_<Codec>(module, "Codec")
+        .def(py::init<const std::map<std::string, Tensor>&, const std::map<std::string, Tensor>&, const Widths&, const Widths&,
+                      const Widths&, const Widths&, const std::optional<Tensor>&, bool, int64_t>());
+    module.def("instruction_sets", &instruction_sets, "Names of those this processor has, best first.");
+    module.def("write", &kvsplice::write, py::call_guard<py::gil_scoped_release>());
+    module.def("write_window", &write_window, py::call_guard<py::gil_scoped_release>());
+    module.def("attend", &kvsplice::attend, py::call_guard<py::gil_scoped_release>());
+}

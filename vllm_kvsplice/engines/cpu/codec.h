@@ -1,0 +1,149 @@
+// The codec of one layer as the kernels read it, and the step they work on. Plain C++20, no torch.
+//
+// A key of position j and a value, for one KV head (docs/codec.md):
+//
+//     key_j   = R(j) mean_k + D_k k_j        k_j, y_j: whole numbers of eight bits, from the codes
+//     value_j = mean_v      + D_v y_j
+//
+// Attention of a query row q (scaled, in units of log2) to everything stored, without rebuilding either:
+//
+//     score_j = q . R(j) mean_k + (D_k^T q) . k_j            a cosine series per tile, and integer dot products
+//     output  = D_v (sum_j p_j y_j) + mean_v                 integer dot products, one small product at the end
+//
+// Dimension key: T tokens of the step   H KV heads   G query heads per KV head   D head dimensions
+//                R latents of a head that have bits       F rotated pairs of dimensions
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kvsplice {
+
+// Tokens that one 512-bit register of byte codes holds; tiles lie at absolute positions 64 k of a sequence.
+constexpr int kTile = 64;
+// Tokens whose probabilities share one maximum; also absolute, so that a row's arithmetic never depends on its company.
+// 512: sums of 512 products of 15 and 8 bits still fit 32 bits.
+constexpr int kSplit = 512;
+constexpr int kSplitTiles = kSplit / kTile;
+// Query rows that share an unpacked tile.
+constexpr int kRows = 32;
+constexpr int kMaxDim = 256;
+constexpr float kNever = -1e30f;
+
+enum class Dtype { kFloat32, kBfloat16, kFloat16 };
+constexpr size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// Eight latents of one width: `width` byte planes from `plane` on in every page.
+struct Group {
+    int width;
+    int64_t plane;
+    // Levels by code, repeated until the table is full, so that lookups may ignore the bits above the code.
+    int8_t levels[128];
+    // Code by ceil(2 z) + 256, for z from -128 to 127.5: levels are whole, so thresholds are whole halves.
+    uint8_t codes[512];
+};
+
+// The keys' or the values' codec of one KV head. Only groups and latents with bits are here.
+// Pointers, because code compiled for one instruction set must not share inline functions of containers with the rest.
+struct Half {
+    const Group* groups;
+    int group_count;
+    int latents;               // R = 8 * group_count
+    const float *mean, *sink;  // [D]
+    const float* sink_scale;   // [R]
+    const float* analysis;     // [D, R]
+    const float* synthesis;    // keys [D, R], values [R, D]
+};
+
+// Tables of one rotation, shared by all layers and grown as positions appear.
+struct Rotary {
+    const float* angles;   // [positions, 2, F]: cosines, sines
+    const float* centres;  // [tiles, 2, F], of positions 64 k + 31.5
+    // [F, 2, 32]: cosines and sines of the offsets from a tile's centre to half of its tokens. The other half are their
+    // mirror images. In the order in which the instruction set holds a tile's tokens: as they are, or quads transposed.
+    const float *offsets_in_order, *offsets_in_quads;
+    int pairs;  // F
+    bool interleaved;
+};
+
+struct Layer {
+    int heads, dim;
+    int64_t code_bytes;       // of a token; what follows in its page is zero
+    const Half *key, *value;  // [H]
+    const Rotary* rotary;     // null where keys carry no position
+};
+
+// Strides are in elements. The last dimension is contiguous.
+struct Tokens {
+    const void* data;
+    Dtype dtype;
+    int64_t token_stride, head_stride;
+};
+
+// Paged memory: block b begins at data + b * block_stride (bytes).
+struct Pages {
+    uint8_t* data;
+    int64_t block_stride;
+    int block;  // N, tokens in a block
+    int64_t token_bytes;
+};
+
+struct Window {
+    const uint8_t* data = nullptr;
+    Dtype dtype = Dtype::kFloat32;
+    int64_t block_stride = 0, head_stride = 0;   // in bytes
+    int block = 0;
+    int64_t size = 0;
+    bool whole_chunk = false;
+    const int32_t* table = nullptr;
+    int64_t table_stride = 0;
+};
+
+struct Step {
+    const Layer* layer;
+    Tokens query;
+    int group;   // G
+    float scale;
+    Pages pages;
+    Window window;   // size 0: none
+    int sequences;
+    const int32_t* query_start;
+    const int32_t* seq_lens;
+    const int32_t* table;
+    int64_t table_stride;
+    void* output;   // [T, H * G, D], contiguous rows of D
+    Dtype output_dtype;
+    int64_t output_token_stride;
+    int threads;
+};
+
+struct Writing {
+    const Layer* layer;
+    Tokens key, value;
+    const int64_t* positions;
+    const int64_t* slots;
+    int64_t tokens;
+    Pages pages;
+    int threads;
+};
+
+// What an instruction set implements; chosen once at run time.
+struct Kernels {
+    const char* name;
+    void (*attend)(const Step&);
+    void (*write)(const Writing&);
+};
+
+extern const Kernels kPortable, kAvx2, kAvx512;
+
+// Memory aligned to 64 bytes: of this thread, reused by every call, and until it is released.
+void* scratch(size_t bytes);
+void* allocate(size_t bytes);
+void release(void* memory);
+// One row of D numbers in any dtype as float32, and back.
+void load_row(const void* data, Dtype dtype, int64_t offset, int count, float* out);
+void store_row(const float* row, Dtype dtype, int64_t offset, int count, void* out);
+// x - m(position) in float32, rounded like the reference engine's: [D].
+void residual(const Layer& layer, const Half& half, bool key, int64_t position, const float* x, float* out);
+
+}  // namespace kvsplice

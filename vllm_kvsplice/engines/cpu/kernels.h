@@ -1,0 +1,834 @@
+// The engine, but for what differs between instruction sets: `Isa` unpacks codes and multiplies integers.
+//
+// Float arithmetic is written in vectors of 16, which the compiler splits where registers are shorter. Nothing that a row
+// computes depends on the rows beside it, on threads, or on how its sequence was cut into steps: tiles and splits lie at
+// absolute positions and are added up in order, so answers are the same to the last bit.
+//
+// An `Isa` has:
+//     kQuads             the order of a tile's tokens in scores: false as they are, true with its 4 x 4 quads transposed
+//     pack_query         16-bit numbers of a row, as its dot_keys reads them; 2 bytes each
+//     pack_probability   15-bit numbers of a tile, as its dot_values reads them; 2 bytes each
+//     unpack_keys        a group of a tile's keys; 16 bits a latent and token at most
+//     unpack_values      the same of values, into rows of a whole split
+//     dot_keys           adds unit * (sum of products) to the rows' scores of a tile
+//     dot_values         sums of products over a split, eight latents a row
+#pragma once
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include <cstring>
+#include <utility>
+
+#include "codec.h"
+
+namespace kvsplice {
+namespace {  // Every instruction set has its own copy of everything here.
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef float HalfFloats __attribute__((vector_size(32)));
+
+#define KV_INLINE inline __attribute__((always_inline))
+
+#define KV_LAMBDA __attribute__((always_inline))
+
+// f(0), ..., f(N - 1) with constants: arrays indexed by them stay in registers, which unrolled loops do not ensure.
+template <int N, class F>
+KV_INLINE void each(F f) {
+    [&]<int... I>(std::integer_sequence<int, I...>) KV_LAMBDA { (f(std::integral_constant<int, I>{}), ...); }
+    (std::make_integer_sequence<int, N>{});
+}
+
+template <class V = Floats>
+KV_INLINE V load(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+template <class V>
+KV_INLINE void store(void* to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
+KV_INLINE Floats splat(float x) { return Floats{} + x; }
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+template <class T>
+constexpr T least(T a, T b) {
+    return a < b ? a : b;
+}
+template <class T>
+constexpr T most(T a, T b) {
+    return a > b ? a : b;
+}
+
+KV_INLINE Floats larger(Floats a, Floats b) {
+#ifdef __AVX512F__
+    return _mm512_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// out[n, d] = sum_r weights[n, r] matrix[r, d]: `rows` small vectors by one matrix.
+struct Product {
+    const float* weights;
+    int64_t weights_stride;
+    int count;  // of r
+    const float* matrix;
+    int64_t matrix_stride;
+    int width;  // of d, a multiple of 8
+    float* out;
+    int64_t out_stride;
+};
+
+// N rows from `first` by V vectors from `d`, whose sums do not wait for each other.
+template <int N, int V, class Vector>
+KV_INLINE void combine_block(const Product& p, int first, int d) {
+    constexpr int lanes = sizeof(Vector) / sizeof(float);
+    Vector sums[N][V];
+    each<N * V>([&](auto i) KV_LAMBDA { sums[i / V][i % V] = Vector{}; });
+    for (int r = 0; r < p.count; ++r) {
+        const float* row = p.matrix + r * p.matrix_stride + d;
+        Vector values[V];
+        each<V>([&](auto v) KV_LAMBDA { values[v] = load<Vector>(row + lanes * v); });
+        each<N>([&](auto n) KV_LAMBDA {
+            const float weight = p.weights[(first + n) * p.weights_stride + r];
+            each<V>([&](auto v) KV_LAMBDA { sums[n][v] += weight * values[v]; });
+        });
+    }
+    each<N * V>([&](auto i) KV_LAMBDA { store(p.out + (first + i / V) * p.out_stride + d + lanes * (i % V), sums[i / V][i % V]); });
+}
+
+template <int N>
+void combine_rows(const Product& p, int first) {
+    int d = 0;
+    for (; d + 64 <= p.width; d += 64) combine_block<N, 4, Floats>(p, first, d);
+    for (; d < p.width; d += 8) combine_block<N, 1, HalfFloats>(p, first, d);
+}
+
+inline void combine(const Product& p, int rows) {
+    int row = 0;
+    for (; row + 4 <= rows; row += 4) combine_rows<4>(p, row);
+    for (; row < rows; ++row) combine_rows<1>(p, row);
+}
+
+// 2^x for x <= 0, within 3e-6; zero far below.
+KV_INLINE Floats exp2_below(Floats x) {
+    x = larger(x, splat(-100));
+    // Adding 1.5 * 2^23 rounds to whole numbers and leaves them in the low bits.
+    const Floats shifted = x + 12582912.0f;
+    const Floats f = x - (shifted - 12582912.0f);
+    Floats p = splat(0.0013333558f);
+    p = p * f + 0.0096181291f;
+    p = p * f + 0.0555041087f;
+    p = p * f + 0.2402265069f;
+    p = p * f + 0.6931471806f;
+    p = p * f + 1.0f;
+    return (Floats)((Ints)p + ((Ints)shifted << 23));
+}
+
+KV_INLINE float largest(Floats v) {
+    float lanes[16], found = kNever;
+    store(lanes, v);
+    for (float x : lanes) found = most(found, x);
+    return found;
+}
+
+KV_INLINE float sum_of(Floats v) {
+    float lanes[16], total = 0;
+    store(lanes, v);
+    for (float x : lanes) total += x;
+    return total;
+}
+
+// Lines of memory to ask for, a few at a time between products: all at once they would hold up the core.
+struct Ahead {
+    const uint8_t* data = nullptr;
+    int64_t stride = 0, count = 0;
+
+    KV_INLINE void ask() {
+        for (int i = 0; i < 2 && count > 0; ++i, --count, data += stride) __builtin_prefetch(data, 0, 2);
+    }
+};
+
+// Token of a tile that stands at place `s` of its scores.
+template <class Isa>
+constexpr int token_at(int s) {
+    return Isa::kQuads ? s / 4 % 4 * 16 + s / 16 * 4 + s % 4 : s;
+}
+
+template <class Isa>
+struct Order {
+    alignas(64) int32_t token[kTile];
+    constexpr Order() : token() {
+        for (int s = 0; s < kTile; ++s) token[s] = token_at<Isa>(s);
+    }
+};
+template <class Isa>
+constexpr Order<Isa> kOrder{};
+
+// Consecutive query rows of one sequence and KV head, row = token * G + head of the group.
+struct Block {
+    int sequence, head, first, rows;
+    int64_t query;      // index in the step of the sequence's first query
+    int64_t context;    // tokens stored of the sequence
+    int64_t queries;    // of the sequence
+    int splits;         // that some row reads
+    int ranges;         // that the splits are divided in; 1: all by whoever takes the block
+    int pending;        // ranges not finished
+    int64_t partials;   // where this block's partial results lie
+};
+
+// Everything a thread needs for a block. M = kRows.
+struct Workspace {
+    float *query, *absorbed, *pairs, *turned, *scores, *partial, *state, *exact_keys, *exact_values, *first_key, *first_value;
+    int16_t *quantised, *probability, *keys, *values;
+    uint8_t* tile;
+    float unit[kRows], constant[kRows], top[kRows], weight[kRows];
+    int32_t offset[kRows];
+    int64_t stored[kRows], begin[kRows], last[kRows];  // stored positions end, exact ones begin and end
+};
+
+// A row's softmax so far, relative to 2^top: weights, then latents [R], then exact values [D].
+struct State {
+    float top, total, on_stored, on_sink;
+    float* latents() { return reinterpret_cast<float*>(this + 1); }
+};
+
+template <class Isa>
+struct Attention {
+    const Step& step;
+    const Layer& layer;
+    Workspace w;
+    int dim, pairs, key_latents, value_latents, state_size, partial_size;
+
+    explicit Attention(const Step& s) : step(s), layer(*s.layer), dim(s.layer->dim) {
+        pairs = layer.rotary ? layer.rotary->pairs : 0;
+        key_latents = value_latents = 0;
+        int64_t planes = 0;
+        for (int h = 0; h < layer.heads; ++h) {
+            key_latents = most(key_latents, layer.key[h].latents);
+            value_latents = most(value_latents, layer.value[h].latents);
+            planes = most(planes, most(plane_count(layer.key[h]), plane_count(layer.value[h])));
+        }
+        state_size = sizeof(State) / sizeof(float) + round_up(value_latents, 16) + round_up(dim, 16);
+        partial_size = round_up(value_latents, 16) + 2;
+        char* at = nullptr;
+        lay_out(at, planes);
+        at = static_cast<char*>(scratch(reinterpret_cast<size_t>(at)));
+        lay_out(at, planes);
+    }
+
+    template <class T>
+    static void place(char*& at, T*& where, int64_t count) {
+        where = reinterpret_cast<T*>(at);
+        at += round_up(count * sizeof(T), 64);
+    }
+
+    void lay_out(char*& at, int64_t planes) {
+        place(at, w.query, kRows * round_up(dim, 16));
+        place(at, w.absorbed, kRows * round_up(key_latents, 16));
+        place(at, w.pairs, kRows * 2 * pairs);
+        place(at, w.turned, kSplitTiles * kRows * 2 * pairs);
+        place(at, w.scores, kRows * kSplit);
+        place(at, w.partial, kRows * partial_size);
+        place(at, w.state, kRows * state_size);
+        place(at, w.exact_keys, kTile * round_up(dim, 16));
+        place(at, w.exact_values, kTile * round_up(dim, 16));
+        place(at, w.first_key, round_up(key_latents, 16));
+        place(at, w.first_value, round_up(value_latents, 16));
+        place(at, w.quantised, kRows * round_up(key_latents, 64));
+        place(at, w.probability, kRows * kSplit);
+        place(at, w.keys, kTile * key_latents);
+        place(at, w.values, kSplit * 8);
+        place(at, w.tile, kTile * planes);
+    }
+
+    static int64_t plane_count(const Half& half) {
+        if (!half.group_count) return 0;
+        const Group& last = half.groups[half.group_count - 1];
+        return last.plane + last.width - half.groups[0].plane;
+    }
+
+    State& state(int row) { return *reinterpret_cast<State*>(w.state + row * state_size); }
+    float* exact(int row) { return state(row).latents() + round_up(value_latents, 16); }
+    const int32_t* table(const Block& b) const { return step.table + b.sequence * step.table_stride; }
+
+    // --- before the context ------------------------------------------------------------------------------------------
+
+    void prepare(const Block& b) {
+        const Half& half = layer.key[b.head];
+        const int64_t first_query = b.context - b.queries;
+        for (int row = 0; row < b.rows; ++row) {
+            const int64_t token = (b.first + row) / step.group, head = b.head * step.group + (b.first + row) % step.group;
+            float* q = w.query + row * round_up(dim, 16);
+            load_row(step.query.data, step.query.dtype,
+                     (b.query + token) * step.query.token_stride + head * step.query.head_stride, dim, q);
+            for (int d = 0; d < dim; ++d) q[d] *= step.scale * 1.4426950408889634f;
+            w.last[row] = first_query + token;
+            w.begin[row] = w.last[row] + 1 - step.window.size;
+            if (step.window.size && step.window.whole_chunk) w.begin[row] = least(w.begin[row], first_query);
+            w.stored[row] = most<int64_t>(0, w.begin[row]);
+            split_mean(half, q, row);
+        }
+        combine({w.query, round_up(dim, 16), dim, half.synthesis, half.latents, half.latents, w.absorbed, round_up(key_latents, 16)}, b.rows);
+        for (int row = 0; row < b.rows; ++row) quantise(half, row);
+    }
+
+    // An absorbed query in 16 bits.
+    void quantise(const Half& half, int row) {
+        const float* absorbed = w.absorbed + row * round_up(key_latents, 16);
+        float size = 0;
+        for (int r = 0; r < half.latents; ++r) size = most(size, __builtin_fabsf(absorbed[r]));
+        // 127 * 256 + 127: what two signed bytes hold.
+        const float inverse = size > 0 ? 32639 / size : 0;
+        int16_t rounded[kMaxDim];
+        int32_t total = 0;
+        for (int r = 0; r < half.latents; ++r) {
+            rounded[r] = static_cast<int16_t>(__builtin_rintf(absorbed[r] * inverse));
+            total += rounded[r];
+        }
+        w.unit[row] = size / 32639;
+        w.offset[row] = Isa::kKeyOffset * total;
+        const int64_t stride = round_up(key_latents, 64);
+        Isa::pack_query(rounded, half.latents, stride, w.quantised + row * stride);
+    }
+
+    // q . R(j) mean = sum over pairs of P cos(w j) + S sin(w j), and a constant from dimensions that do not turn.
+    void split_mean(const Half& half, const float* q, int row) {
+        float* cosine = w.pairs + row * 2 * pairs;
+        const bool adjacent = pairs && layer.rotary->interleaved;
+        for (int f = 0; f < pairs; ++f) {
+            const int a = adjacent ? 2 * f : f, b = adjacent ? 2 * f + 1 : f + pairs;
+            cosine[f] = q[a] * half.mean[a] + q[b] * half.mean[b];
+            cosine[pairs + f] = q[b] * half.mean[a] - q[a] * half.mean[b];
+        }
+        float constant = 0;
+        for (int d = 2 * pairs; d < dim; ++d) constant += q[d] * half.mean[d];
+        w.constant[row] = constant;
+    }
+
+    // Position 0 has the sink in place of its mean and latents in units of its own, so it is a softmax of its own, in float.
+    void start(const Block& b) {
+        const Half &key = layer.key[b.head], &value = layer.value[b.head];
+        bool read = false;
+        for (int row = 0; row < b.rows; ++row) read |= w.stored[row] > 0;
+        if (read) {
+            const uint8_t* page = step.pages.data + table(b)[0] * step.pages.block_stride;
+            first_levels(key, page, w.first_key);
+            first_levels(value, page, w.first_value);
+        }
+        for (int row = 0; row < b.rows; ++row) {
+            State& s = state(row);
+            std::memset(&s, 0, state_size * sizeof(float));
+            s.top = kNever;
+            if (w.stored[row] == 0) continue;
+            const float *q = w.query + row * round_up(dim, 16), *absorbed = w.absorbed + row * round_up(key_latents, 16);
+            float score = 0;
+            for (int d = 0; d < dim; ++d) score += q[d] * key.sink[d];
+            for (int r = 0; r < key.latents; ++r) score += absorbed[r] * w.first_key[r];
+            s.top = score;
+            s.total = s.on_sink = 1;
+            std::memcpy(s.latents(), w.first_value, value.latents * sizeof(float));
+        }
+    }
+
+    void first_levels(const Half& half, const uint8_t* page, float* levels) {
+        for (int g = 0; g < half.group_count; ++g) {
+            const Group& group = half.groups[g];
+            for (int i = 0; i < 8; ++i) {
+                int code = 0, low = 0;
+                for (int bits = 8; bits; bits /= 2) {
+                    if (group.width - low < bits) continue;
+                    const int per_byte = 8 / bits, byte = page[(group.plane + low + i / per_byte) * step.pages.block];
+                    code |= (byte >> i % per_byte * bits & ((1 << bits) - 1)) << low;
+                    low += bits;
+                }
+                const int level = group.width == 8 ? code - 128 : group.levels[code];
+                levels[8 * g + i] = static_cast<float>(level) * half.sink_scale[8 * g + i];
+            }
+        }
+    }
+
+    // --- the stored context ------------------------------------------------------------------------------------------
+
+    // A tile's byte planes of one half: where they begin, and how far they lie apart.
+    struct Planes {
+        const uint8_t* data;
+        int64_t stride;
+    };
+
+    Planes planes_of(const Block& b, const Half& half, int64_t tile) {
+        const int block = step.pages.block;
+        const int64_t position = tile * kTile, first_plane = half.groups[0].plane;
+        if (block % kTile == 0) {
+            const uint8_t* page = step.pages.data + table(b)[position / block] * step.pages.block_stride;
+            return {page + first_plane * block + position % block, block};
+        }
+        // Blocks that hold no whole tile: gather it, 16 tokens at a time. What lies past the sequence stays unread.
+        const int64_t count = plane_count(half);
+        for (int quarter = 0; quarter < 4; ++quarter) {
+            const int64_t at = position + 16 * quarter;
+            if (at >= b.context) break;
+            const uint8_t* from = step.pages.data + table(b)[at / block] * step.pages.block_stride + first_plane * block + at % block;
+            for (int64_t c = 0; c < count; ++c) std::memcpy(w.tile + c * kTile + 16 * quarter, from + c * block, 16);
+        }
+        return {w.tile, kTile};
+    }
+
+    // The byte planes of a tile, to be asked for while others are worked on; nothing where there are none.
+    Ahead ahead_of(const Block& b, const Half& half, int64_t tile) {
+        if (step.pages.block % kTile || tile * kTile >= b.context || !half.group_count) return {nullptr, 0, 0};
+        const Planes planes = planes_of(b, half, tile);
+        return {planes.data, planes.stride, plane_count(half)};
+    }
+
+    // One split of 512 positions: top, weight and latents of every row, into `partial` [rows, partial_size].
+    void attend_split(const Block& b, int split, float* partial) {
+        const int64_t base = static_cast<int64_t>(split) * kSplit;
+        int64_t end = 0;
+        for (int row = 0; row < b.rows; ++row) end = most(end, w.stored[row]);
+        const int tiles = least<int64_t>(kSplitTiles, ceil_div(end - base, kTile));
+        score_means(b, split, tiles);
+        score_latents(b, split, tiles);
+        for (int row = 0; row < b.rows; ++row) soften(row, base, tiles);
+        sum_values(b, split, tiles, partial);
+    }
+
+    void score_means(const Block& b, int split, int tiles) {
+        if (!pairs) {
+            for (int row = 0; row < b.rows; ++row)
+                for (int t = 0; t < tiles * kTile; t += 16) store(w.scores + row * kSplit + t, splat(w.constant[row]));
+            return;
+        }
+        const float* offsets = Isa::kQuads ? layer.rotary->offsets_in_quads : layer.rotary->offsets_in_order;
+        for (int row = 0; row < b.rows; ++row) {
+            const float *p = w.pairs + row * 2 * pairs, *s = p + pairs;
+            for (int tile = 0; tile < tiles; ++tile) {
+                const float* cosine = layer.rotary->centres + (split * static_cast<int64_t>(kSplitTiles) + tile) * 2 * pairs;
+                const float* sine = cosine + pairs;
+                float *__restrict even = w.turned + tile * 2 * pairs, *__restrict odd = even + pairs;
+                for (int f = 0; f < pairs; ++f) {
+                    even[f] = p[f] * cosine[f] + s[f] * sine[f];
+                    odd[f] = s[f] * cosine[f] - p[f] * sine[f];
+                }
+            }
+            float* out = w.scores + row * kSplit;
+            int tile = 0;
+            for (; tile + 4 <= tiles; tile += 4) series<4>(offsets, w.turned + tile * 2 * pairs, w.constant[row], out + tile * kTile);
+            for (; tile < tiles; ++tile) series<1>(offsets, w.turned + tile * 2 * pairs, w.constant[row], out + tile * kTile);
+        }
+    }
+
+    // sum_f even_f cos(w_f t) +- odd_f sin(w_f t) for N tiles: half the products serve both halves of a tile.
+    template <int N>
+    void series(const float* offsets, const float* turned, float constant, float* out) {
+        Floats even[N][2], odd[N][2];
+        each<2 * N>([&](auto i) KV_LAMBDA { even[i / 2][i % 2] = odd[i / 2][i % 2] = Floats{}; });
+        for (int f = 0; f < pairs; ++f) {
+            const Floats c0 = load(offsets), c1 = load(offsets + 16), s0 = load(offsets + 32), s1 = load(offsets + 48);
+            offsets += 64;
+            each<N>([&](auto n) KV_LAMBDA {
+                const float e = turned[n * 2 * pairs + f], o = turned[n * 2 * pairs + pairs + f];
+                even[n][0] += e * c0;
+                even[n][1] += e * c1;
+                odd[n][0] += o * s0;
+                odd[n][1] += o * s1;
+            });
+        }
+        const Ints mirrored = {15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0};
+        each<2 * N>([&](auto i) KV_LAMBDA {
+            constexpr int n = i / 2, half = i % 2;
+            store(out + n * kTile + 32 + 16 * half, even[n][half] + odd[n][half] + constant);
+            const Floats before = even[n][half] - odd[n][half] + constant;
+            store(out + n * kTile + 16 - 16 * half, __builtin_shuffle(before, mirrored));
+        });
+    }
+
+    void score_latents(const Block& b, int split, int tiles) {
+        const Half& half = layer.key[b.head];
+        if (!half.group_count) return;
+        for (int tile = 0; tile < tiles; ++tile) {
+            const int64_t number = split * static_cast<int64_t>(kSplitTiles) + tile;
+            const Planes planes = planes_of(b, half, number);
+            Ahead ahead = ahead_of(b, half, number + 1);
+            for (int g = 0; g < half.group_count; ++g) {
+                const Group& group = half.groups[g];
+                const uint8_t* data = planes.data + (group.plane - half.groups[0].plane) * planes.stride;
+                Isa::unpack_keys(group, data, planes.stride, w.keys + Isa::kKeyBytes * g * 8 * kTile / 2);
+            }
+            Isa::dot_keys(w.keys, half.latents, w.quantised, round_up(key_latents, 64), w.unit, w.offset, b.rows,
+                          w.scores + tile * kTile, ahead);
+        }
+    }
+
+    // From scores to 15-bit probabilities relative to the row's largest of this split.
+    void soften(int row, int64_t base, int tiles) {
+        float* scores = w.scores + row * kSplit;
+        int16_t* probability = w.probability + row * kSplit;
+        // Position 0 is not here (`start`).
+        const int from = base == 0, until = static_cast<int>(least<int64_t>(kSplit, w.stored[row] - base));
+        w.top[row] = kNever;
+        w.weight[row] = 0;
+        if (until <= from) {
+            std::memset(probability, 0, kSplit * sizeof(int16_t));
+            return;
+        }
+        for (int tile = 0; tile < tiles; ++tile) {
+            if (tile * kTile >= from && (tile + 1) * kTile <= until) continue;
+            for (int t = 0; t < kTile; t += 16) {
+                const Ints token = load<Ints>(kOrder<Isa>.token + t) + tile * kTile;
+                float* at = scores + tile * kTile + t;
+                store(at, (token >= from) & (token < until) ? load(at) : splat(kNever));
+            }
+        }
+        Floats tops[4];
+        each<4>([&](auto i) KV_LAMBDA { tops[i] = load(scores + 16 * i); });
+        for (int t = kTile; t < tiles * kTile; t += kTile)
+            each<4>([&](auto i) KV_LAMBDA { tops[i] = larger(tops[i], load(scores + t + 16 * i)); });
+        w.top[row] = largest(larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])));
+        const float top = w.top[row];
+        Ints total{};
+        for (int tile = 0; tile < tiles; ++tile) {
+            Ints rounded[4];
+            each<4>([&](auto i) KV_LAMBDA {
+                const Floats p = exp2_below(load(scores + tile * kTile + 16 * i) - top);
+                rounded[i] = __builtin_convertvector(p * 32767.0f + 0.5f, Ints);
+            });
+            total += (rounded[0] + rounded[1]) + (rounded[2] + rounded[3]);
+            Isa::pack_probability(rounded, probability, tile);
+        }
+        int32_t lanes[16], weight = 0;
+        store(lanes, total);
+        for (int32_t x : lanes) weight += x;
+        w.weight[row] = static_cast<float>(weight) * (1 / 32767.0f);
+    }
+
+    void sum_values(const Block& b, int split, int tiles, float* partial) {
+        const Half& half = layer.value[b.head];
+        for (int row = 0; row < b.rows; ++row) {
+            partial[row * partial_size] = w.top[row];
+            partial[row * partial_size + 1] = w.weight[row];
+        }
+        if (!half.group_count) return;
+        Planes planes[kSplitTiles];
+        const bool gathered = step.pages.block % kTile != 0;
+        Ahead next[kSplitTiles];
+        for (int tile = 0; tile < tiles && !gathered; ++tile) {
+            const int64_t number = split * static_cast<int64_t>(kSplitTiles) + tile;
+            planes[tile] = planes_of(b, half, number);
+            next[tile] = ahead_of(b, half, number + kSplitTiles);
+        }
+        for (int g = 0; g < half.group_count; ++g) {
+            const Group& group = half.groups[g];
+            for (int tile = 0; tile < tiles; ++tile) {
+                if (gathered) planes[tile] = planes_of(b, half, split * static_cast<int64_t>(kSplitTiles) + tile);
+                const uint8_t* data = planes[tile].data + (group.plane - half.groups[0].plane) * planes[tile].stride;
+                Isa::unpack_values(group, data, planes[tile].stride, w.values, tile);
+            }
+            int32_t sums[kRows * 8];
+            Ahead ahead[kSplitTiles];
+            for (int tile = 0; tile < kSplitTiles; ++tile) {
+                ahead[tile] = gathered || tile >= tiles ? Ahead{} : next[tile];
+                ahead[tile].data += (group.plane - half.groups[0].plane) * ahead[tile].stride;
+                ahead[tile].count = least<int64_t>(ahead[tile].count, group.width);
+            }
+            Isa::dot_values(w.values, w.probability, tiles, b.rows, sums, ahead);
+            for (int row = 0; row < b.rows; ++row)
+                for (int i = 0; i < 8; ++i)
+                    partial[row * partial_size + 2 + 8 * g + i] = static_cast<float>(sums[row * 8 + i]) * (1 / 32767.0f);
+        }
+    }
+
+    void merge_split(const Block& b, const float* partial) {
+        const int latents = layer.value[b.head].latents;
+        for (int row = 0; row < b.rows; ++row, partial += partial_size) {
+            if (partial[1] == 0) continue;
+            State& s = state(row);
+            const float share = rescale(row, partial[0]);
+            s.total += partial[1] * share;
+            s.on_stored += partial[1] * share;
+            for (int r = 0; r < latents; ++r) s.latents()[r] += partial[2 + r] * share;
+        }
+    }
+
+    // Bring a row's state to the maximum of its own and `top`; what stood at `top` counts by the returned factor.
+    float rescale(int row, float top) {
+        State& s = state(row);
+        if (top <= s.top) return __builtin_exp2f(top - s.top);
+        const float kept = __builtin_exp2f(s.top - top);
+        float* sums = &s.total;
+        for (int i = 0; i < state_size - 1; ++i) sums[i] *= kept;
+        s.top = top;
+        return 1;
+    }
+
+    // --- the exact window --------------------------------------------------------------------------------------------
+
+    void attend_window(const Block& b) {
+        int64_t begin = b.context, end = 0;
+        for (int row = 0; row < b.rows; ++row) {
+            begin = least(begin, most<int64_t>(0, w.begin[row]));
+            end = most(end, w.last[row] + 1);
+        }
+        for (int64_t base = begin / kTile * kTile; base < end; base += kTile) {
+            const int from = static_cast<int>(most<int64_t>(0, begin - base)), until = static_cast<int>(least<int64_t>(kTile, end - base));
+            load_window(b, base, from, until);
+            for (int row = 0; row < b.rows; ++row) attend_exact(row, base);
+        }
+    }
+
+    // Keys [D, 64] and values [64, D] in float32; zero where no row of the block reads.
+    void load_window(const Block& b, int64_t base, int from, int until) {
+        const Window& window = step.window;
+        const int32_t* blocks = window.table + b.sequence * window.table_stride;
+        const int64_t width = round_up(dim, 16);
+        if (until - from < kTile) std::memset(w.exact_keys, 0, kTile * dim * sizeof(float));
+        for (int t = from; t < until; ++t) {
+            const int64_t position = base + t;
+            const uint8_t* token = window.data + blocks[position / window.block] * window.block_stride + b.head * window.head_stride;
+            const int64_t offset = position % window.block * 2 * dim;
+            float key[kMaxDim];
+            load_row(token, window.dtype, offset, dim, key);
+            for (int d = 0; d < dim; ++d) w.exact_keys[d * kTile + t] = key[d];
+            load_row(token, window.dtype, offset + dim, dim, w.exact_values + t * width);
+        }
+    }
+
+    void attend_exact(int row, int64_t base) {
+        const int from = static_cast<int>(most<int64_t>(0, w.begin[row] - base));
+        const int until = static_cast<int>(least<int64_t>(kTile, w.last[row] + 1 - base));
+        if (until <= from) return;
+        const float* q = w.query + row * round_up(dim, 16);
+        Floats scores[4] = {};
+        for (int d = 0; d < dim; ++d)
+            for (int i = 0; i < 4; ++i) scores[i] += q[d] * load(w.exact_keys + d * kTile + 16 * i);
+        const Ints ramp = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        Floats top = splat(kNever);
+        for (int i = 0; i < 4; ++i) {
+            const Ints token = ramp + 16 * i;
+            scores[i] = (token >= from) & (token < until) ? scores[i] : splat(kNever);
+            top = larger(top, scores[i]);
+        }
+        const float largest_score = largest(top);
+        Floats total{};
+        alignas(64) float probability[kTile];
+        for (int i = 0; i < 4; ++i) {
+            const Floats p = exp2_below(scores[i] - largest_score);
+            total += p;
+            store(probability + 16 * i, p);
+        }
+        const float share = rescale(row, largest_score);
+        state(row).total += sum_of(total) * share;
+        const int64_t width = round_up(dim, 16);
+        float values[kMaxDim];
+        combine({probability + from, 0, until - from, w.exact_values + from * width, width, dim, values, 0}, 1);
+        float* sums = exact(row);
+        for (int d = 0; d < dim; ++d) sums[d] += values[d] * share;
+    }
+
+    // --- after the context -------------------------------------------------------------------------------------------
+
+    void finish(const Block& b) {
+        if (step.window.size) attend_window(b);
+        const Half& half = layer.value[b.head];
+        // Queries are done with: their place takes the outputs.
+        combine({state(0).latents(), state_size, half.latents, half.synthesis, dim, dim, w.query, round_up(dim, 16)}, b.rows);
+        for (int row = 0; row < b.rows; ++row) {
+            State& s = state(row);
+            float* output = w.query + row * round_up(dim, 16);
+            const float inverse = 1 / s.total;
+            const float* read = exact(row);
+            for (int d = 0; d < dim; ++d)
+                output[d] = (output[d] + read[d] + s.on_stored * half.mean[d] + s.on_sink * half.sink[d]) * inverse;
+            const int64_t token = b.query + (b.first + row) / step.group;
+            const int64_t head = b.head * step.group + (b.first + row) % step.group;
+            store_row(output, step.output_dtype, token * step.output_token_stride + head * dim, dim, step.output);
+        }
+    }
+};
+
+// --- who does what --------------------------------------------------------------------------------------------------
+
+struct Plan {
+    Block* blocks;
+    int count;
+    int64_t range;         // splits a task takes at most
+    int64_t tasks;
+    int64_t partial_rows;  // in all blocks that several threads share
+};
+
+// A block that several threads share keeps one partial result a split and row; whoever finishes last merges them in order.
+inline Plan plan(const Step& step, Block* blocks) {
+    Plan made{blocks, 0, 0, 0, 0};
+    int64_t splits = 0;
+    for (int s = 0; s < step.sequences; ++s) {
+        const int64_t queries = step.query_start[s + 1] - step.query_start[s], rows = queries * step.group;
+        const int64_t context = step.seq_lens[s];
+        for (int h = 0; h < step.layer->heads; ++h)
+            for (int64_t first = 0; first < rows; first += kRows) {
+                Block b{};
+                b.sequence = s;
+                b.head = h;
+                b.first = static_cast<int>(first);
+                b.rows = static_cast<int>(least<int64_t>(kRows, rows - first));
+                b.query = step.query_start[s];
+                b.context = context;
+                b.queries = queries;
+                int64_t stored = context - queries + (first + b.rows - 1) / step.group + 1 - step.window.size;
+                if (step.window.size && step.window.whole_chunk) stored = least(stored, context - queries);
+                b.splits = static_cast<int>(ceil_div(most<int64_t>(0, stored), kSplit));
+                splits += b.splits;
+                blocks[made.count++] = b;
+            }
+    }
+    // Eight tasks a thread even out what blocks of different lengths leave idle.
+    made.range = step.threads > 1 ? most<int64_t>(1, ceil_div(splits, 8 * step.threads)) : INT32_MAX;
+    for (int i = 0; i < made.count; ++i) {
+        Block& b = blocks[i];
+        b.ranges = b.pending = static_cast<int>(most<int64_t>(1, ceil_div(b.splits, made.range)));
+        b.partials = made.partial_rows;
+        if (b.ranges > 1) made.partial_rows += static_cast<int64_t>(b.splits) * b.rows;
+        made.tasks += b.ranges;
+    }
+    return made;
+}
+
+template <class Isa>
+void run_task(Attention<Isa>& a, Block& b, int range, int64_t length, float* partials) {
+    a.prepare(b);
+    const int64_t row = a.partial_size;
+    const int first = static_cast<int>(range * length), last = static_cast<int>(least<int64_t>(b.splits, first + length));
+    if (b.ranges == 1) {
+        a.start(b);
+        for (int split = 0; split < b.splits; ++split) {
+            a.attend_split(b, split, a.w.partial);
+            a.merge_split(b, a.w.partial);
+        }
+        a.finish(b);
+        return;
+    }
+    for (int split = first; split < last; ++split) a.attend_split(b, split, partials + (b.partials + split * b.rows) * row);
+    if (__atomic_sub_fetch(&b.pending, 1, __ATOMIC_ACQ_REL)) return;
+    a.start(b);
+    for (int split = 0; split < b.splits; ++split) a.merge_split(b, partials + (b.partials + split * b.rows) * row);
+    a.finish(b);
+}
+
+template <class Isa>
+void attend(const Step& step) {
+    int64_t capacity = 0;
+    for (int s = 0; s < step.sequences; ++s)
+        capacity += step.layer->heads * ceil_div(static_cast<int64_t>(step.query_start[s + 1] - step.query_start[s]) * step.group, kRows);
+    Block* blocks = static_cast<Block*>(allocate(capacity * sizeof(Block)));
+    const Plan made = plan(step, blocks);
+    int partial_size = 0;
+    for (int h = 0; h < step.layer->heads; ++h) partial_size = most(partial_size, step.layer->value[h].latents);
+    float* partials = static_cast<float*>(allocate(made.partial_rows * (round_up(partial_size, 16) + 2) * sizeof(float)));
+    int next_block = 0, next_range = 0;
+    const int threads = static_cast<int>(least<int64_t>(step.threads, made.tasks));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Attention<Isa> attention(step);
+        for (;;) {
+            int block, range;
+#pragma omp critical(kvsplice_next_task)
+            {
+                block = next_block;
+                range = next_range++;
+                if (block < made.count && next_range == blocks[block].ranges) {
+                    ++next_block;
+                    next_range = 0;
+                }
+            }
+            if (block >= made.count) break;
+            run_task(attention, blocks[block], range, made.range, partials);
+        }
+    }
+    release(partials);
+    release(blocks);
+}
+
+// --- writing --------------------------------------------------------------------------------------------------------
+
+// Tokens that share a pass over the analysis matrix.
+constexpr int kTokens = 4;
+
+inline uint8_t* first_byte(const Writing& writing, int64_t token) {
+    const int64_t slot = writing.slots[token], block = writing.pages.block;
+    return writing.pages.data + slot / block * writing.pages.block_stride + slot % block;
+}
+
+// Codes of up to four tokens of one head and kind, into their pages. Latents are summed in float64 like the reference's.
+inline void write_half(const Writing& writing, const Half& half, const Tokens& source, bool key, int head, const int64_t* tokens, int count) {
+    const int dim = writing.layer->dim;
+    alignas(64) float difference[kTokens][kMaxDim];
+    for (int t = 0; t < count; ++t) {
+        float x[kMaxDim];
+        load_row(source.data, source.dtype, tokens[t] * source.token_stride + head * source.head_stride, dim, x);
+        residual(*writing.layer, half, key, writing.positions[tokens[t]], x, difference[t]);
+    }
+    for (int g = 0; g < half.group_count; ++g) {
+        const Group& group = half.groups[g];
+        Doubles sums[kTokens] = {};
+        for (int d = 0; d < dim; ++d) {
+            const Doubles row = __builtin_convertvector(load<HalfFloats>(half.analysis + d * half.latents + 8 * g), Doubles);
+            for (int t = 0; t < kTokens; ++t) sums[t] += row * static_cast<double>(difference[t][d]);
+        }
+        for (int t = 0; t < count; ++t) {
+            double latents[8];
+            store(latents, sums[t]);
+            const bool first = writing.positions[tokens[t]] == 0;
+            uint8_t codes[8];
+            for (int i = 0; i < 8; ++i) {
+                const double scale = half.sink_scale[8 * g + i];
+                if (first) latents[i] = scale > 0 ? latents[i] / scale : 0;
+                const float doubled = 2 * static_cast<float>(latents[i]);
+                // A latent that is no number gets the last code, as from the reference engine.
+                const float place = doubled <= 255 ? __builtin_ceilf(most(doubled, -256.0f)) : 255.0f;
+                codes[i] = group.codes[static_cast<int>(place) + 256];
+            }
+            uint8_t* byte = first_byte(writing, tokens[t]) + group.plane * writing.pages.block;
+            int low = 0;
+            for (int bits = 8; bits; bits /= 2) {
+                if (group.width - low < bits) continue;
+                const int per_byte = 8 / bits;
+                for (int i = 0; i < 8; i += per_byte, byte += writing.pages.block) {
+                    int packed = 0;
+                    for (int j = 0; j < per_byte; ++j) packed |= (codes[i + j] >> low & ((1 << bits) - 1)) << j * bits;
+                    *byte = static_cast<uint8_t>(packed);
+                }
+                low += bits;
+            }
+        }
+    }
+}
+
+inline void write(const Writing& writing) {
+    const int64_t batches = ceil_div(writing.tokens, kTokens), tasks = batches * writing.layer->heads * 2;
+    const int threads = static_cast<int>(least<int64_t>(writing.threads, tasks));
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t task = 0; task < tasks; ++task) {
+        const int64_t batch = task % batches;
+        const int head = static_cast<int>(task / batches / 2);
+        const bool key = task / batches % 2 == 0;
+        int64_t tokens[kTokens];
+        int count = 0;
+        for (int64_t t = batch * kTokens; t < least(writing.tokens, (batch + 1) * kTokens); ++t)
+            if (writing.slots[t] >= 0) tokens[count++] = t;
+        if (count == 0) continue;
+        for (int t = 0; t < count && key && head == 0; ++t) {
+            uint8_t* byte = first_byte(writing, tokens[t]);
+            for (int64_t c = writing.layer->code_bytes; c < writing.pages.token_bytes; ++c) byte[c * writing.pages.block] = 0;
+        }
+        const Half& half = (key ? writing.layer->key : writing.layer->value)[head];
+        write_half(writing, half, key ? writing.key : writing.value, key, head, tokens, count);
+    }
+}
+
+}  // namespace
+}  // namespace kvsplice

@@ -1,0 +1,6 @@
+// Any processor.
+#include "wide.h"
+
+namespace kvsplice {
+const Kernels kPortable = {"portable", attend<Wide>, write};
+}
