@@ -39,7 +39,7 @@ bench-cpu: $(STAMP)
 lock: $(STAMP)
 	$(BIN)/python requirements/lock.py
 
-$(STAMP): requirements/$(VARIANT).txt setup.py
+$(STAMP): requirements/$(VARIANT).txt setup.py $(wildcard vllm_kvsplice/engines/cpu/*.h vllm_kvsplice/engines/cpu/*.cpp)
 	@echo "Installing into $(VENV): a few minutes"
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(VARIANT),gpu)
