@@ -1,6 +1,7 @@
 // From Python and torch to the kernels: checks, tables made once a layer, and the choice of instruction set.
 #include <torch/extension.h>
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <memory>
@@ -18,45 +19,71 @@ using Widths = std::vector<std::vector<int64_t>>;
 
 // Tables of one rotation; they grow, and all layers that turn alike share them.
 struct RotaryTables {
-    std::vector<float> inv_freq, angles, centres, in_order, in_quads;
-    Rotary view;
+    std::vector<float> inv_freq, angles, centres, taylor, in_order, in_quads;
+    std::vector<int32_t> order;
+    Rotary view{};
 
     RotaryTables(std::vector<float> frequencies, bool interleaved) : inv_freq(std::move(frequencies)) {
-        const size_t pairs = inv_freq.size();
-        in_order.resize(pairs * 64);
-        in_quads.resize(pairs * 64);
+        const int pairs = static_cast<int>(inv_freq.size());
+        const auto fast = [&](int f) { return std::abs(inv_freq[f]) * (kTile - 1) / 2 >= 0.5f; };
+        for (int f = 0; f < pairs; ++f) order.push_back(f);
+        const auto slow = std::stable_partition(order.begin(), order.end(), fast);
+        view.fast = static_cast<int>(slow - order.begin());
+        for (auto f = slow; f != order.end(); ++f)
+            for (int odd = 0; odd < 2; ++odd)
+                for (int k = 0; k < kTerms; ++k) {
+                    const int power = 2 * k + odd;
+                    taylor.push_back(static_cast<float>((k % 2 ? -1 : 1) * std::pow(32.0 * inv_freq[*f], power) / std::tgamma(power + 1)));
+                }
         for (int s = 0; s < 32; ++s) {
             // Second half of a tile; quads: register 2 or 3, whose lanes hold four tokens of each quarter.
             const int quad_token = s / 4 % 4 * 16 + (2 + s / 16) * 4 + s % 4;
-            turn(in_order, s, 32 + s - (kTile - 1) / 2.0);
-            turn(in_quads, s, quad_token - (kTile - 1) / 2.0);
+            add_offset(in_order, s, 32 + s - (kTile - 1) / 2.0);
+            add_offset(in_quads, s, quad_token - (kTile - 1) / 2.0);
         }
-        view = {nullptr, nullptr, in_order.data(), in_quads.data(), static_cast<int>(pairs), interleaved};
+        view.order = order.data();
+        view.taylor = taylor.data();
+        view.offsets_in_order = in_order.data();
+        view.offsets_in_quads = in_quads.data();
+        view.pairs = pairs;
+        view.interleaved = interleaved;
     }
 
-    void turn(std::vector<float>& table, int place, double offset) {
-        for (size_t f = 0; f < inv_freq.size(); ++f) {
-            table[f * 64 + place] = static_cast<float>(std::cos(offset * inv_freq[f]));
-            table[f * 64 + 32 + place] = static_cast<float>(std::sin(offset * inv_freq[f]));
+    void add_offset(std::vector<float>& table, int place, double offset) {
+        table.resize((view.fast + kTerms) * 64);
+        for (int f = 0; f < view.fast; ++f) {
+            table[f * 64 + place] = static_cast<float>(std::cos(offset * inv_freq[order[f]]));
+            table[f * 64 + 32 + place] = static_cast<float>(std::sin(offset * inv_freq[order[f]]));
+        }
+        for (int k = 0; k < kTerms; ++k) {
+            table[(view.fast + k) * 64 + place] = static_cast<float>(std::pow(offset / 32, 2 * k));
+            table[(view.fast + k) * 64 + 32 + place] = static_cast<float>(std::pow(offset / 32, 2 * k + 1));
         }
     }
 
-    void reach_position(int64_t position) { view.angles = grown(angles, position + 1, 1, 0); }
-    void reach_context(int64_t tokens) { view.centres = grown(centres, tokens / kTile + 1, kTile, (kTile - 1) / 2.0); }
+    void reach_position(int64_t position) {
+        const int64_t pairs = view.pairs, known = angles.size() / (2 * pairs);
+        if (position >= known) angles.resize((position + 1024) / 1024 * 1024 * 2 * pairs);
+        for (int64_t i = known; i < static_cast<int64_t>(angles.size()) / (2 * pairs); ++i)
+            for (int64_t f = 0; f < pairs; ++f) {
+                const double angle = i * static_cast<double>(inv_freq[f]);
+                angles[i * 2 * pairs + f] = static_cast<float>(std::cos(angle));
+                angles[i * 2 * pairs + pairs + f] = static_cast<float>(std::sin(angle));
+            }
+        view.angles = angles.data();
+    }
 
-    const float* grown(std::vector<float>& table, int64_t rows, double scale, double shift) {
-        const int64_t pairs = inv_freq.size(), known = table.size() / (2 * pairs), step = 1024;
-        if (rows > known) {
-            rows = (rows + step - 1) / step * step;
-            table.resize(rows * 2 * pairs);
-            for (int64_t i = known; i < rows; ++i)
-                for (int64_t f = 0; f < pairs; ++f) {
-                    const double angle = (scale * i + shift) * inv_freq[f];
-                    table[i * 2 * pairs + f] = static_cast<float>(std::cos(angle));
-                    table[i * 2 * pairs + pairs + f] = static_cast<float>(std::sin(angle));
+    void reach_context(int64_t tokens) {
+        const int64_t row = 2 * view.pairs * kSplitTiles, known = centres.size() / row;
+        if (tokens > known * kSplit) centres.resize((tokens / kSplit + 1) * row);
+        for (int64_t i = known; i < static_cast<int64_t>(centres.size()) / row; ++i)
+            for (int f = 0; f < view.pairs; ++f)
+                for (int tile = 0; tile < kSplitTiles; ++tile) {
+                    const double angle = ((i * kSplitTiles + tile) * kTile + (kTile - 1) / 2.0) * inv_freq[order[f]];
+                    centres[i * row + f * kSplitTiles + tile] = static_cast<float>(std::cos(angle));
+                    centres[i * row + (view.pairs + f) * kSplitTiles + tile] = static_cast<float>(std::sin(angle));
                 }
-        }
-        return table.data();
+        view.centres = centres.data();
     }
 };
 

@@ -233,7 +233,7 @@ struct Attention {
         place(at, w.query, kRows * round_up(dim, 16));
         place(at, w.absorbed, kRows * round_up(key_latents, 16));
         place(at, w.pairs, kRows * 2 * pairs);
-        place(at, w.turned, kSplitTiles * kRows * 2 * pairs);
+        place(at, w.turned, kSplitTiles * 2 * (pairs + kTerms));
         place(at, w.scores, kRows * kSplit);
         place(at, w.partial, kRows * partial_size);
         place(at, w.state, kRows * state_size);
@@ -303,7 +303,8 @@ struct Attention {
         float* cosine = w.pairs + row * 2 * pairs;
         const bool adjacent = pairs && layer.rotary->interleaved;
         for (int f = 0; f < pairs; ++f) {
-            const int a = adjacent ? 2 * f : f, b = adjacent ? 2 * f + 1 : f + pairs;
+            const int pair = layer.rotary->order[f];
+            const int a = adjacent ? 2 * pair : pair, b = adjacent ? 2 * pair + 1 : pair + pairs;
             cosine[f] = q[a] * half.mean[a] + q[b] * half.mean[b];
             cosine[pairs + f] = q[b] * half.mean[a] - q[a] * half.mean[b];
         }
@@ -406,34 +407,54 @@ struct Attention {
             return;
         }
         const float* offsets = Isa::kQuads ? layer.rotary->offsets_in_quads : layer.rotary->offsets_in_order;
+        const float* cosine = layer.rotary->centres + static_cast<int64_t>(split) * 2 * pairs * kSplitTiles;
         for (int row = 0; row < b.rows; ++row) {
-            const float *p = w.pairs + row * 2 * pairs, *s = p + pairs;
-            for (int tile = 0; tile < tiles; ++tile) {
-                const float* cosine = layer.rotary->centres + (split * static_cast<int64_t>(kSplitTiles) + tile) * 2 * pairs;
-                const float* sine = cosine + pairs;
-                float *__restrict even = w.turned + tile * 2 * pairs, *__restrict odd = even + pairs;
-                for (int f = 0; f < pairs; ++f) {
-                    even[f] = p[f] * cosine[f] + s[f] * sine[f];
-                    odd[f] = s[f] * cosine[f] - p[f] * sine[f];
-                }
-            }
+            turn(w.pairs + row * 2 * pairs, cosine);
             float* out = w.scores + row * kSplit;
             int tile = 0;
-            for (; tile + 4 <= tiles; tile += 4) series<4>(offsets, w.turned + tile * 2 * pairs, w.constant[row], out + tile * kTile);
-            for (; tile < tiles; ++tile) series<1>(offsets, w.turned + tile * 2 * pairs, w.constant[row], out + tile * kTile);
+            for (; tile + 4 <= tiles; tile += 4) series<4>(offsets, tile, w.constant[row], out + tile * kTile);
+            for (; tile < tiles; ++tile) series<1>(offsets, tile, w.constant[row], out + tile * kTile);
+        }
+    }
+
+    // A row's series around the centres of a split's tiles, [2, terms, 8]: factors of cosines (even) and of sines (odd).
+    void turn(const float* row, const float* cosine) {
+        const Rotary& rotary = *layer.rotary;
+        const float *p = row, *s = row + pairs, *sine = cosine + pairs * kSplitTiles;
+        float *even = w.turned, *odd = w.turned + rotary.terms() * kSplitTiles;
+        HalfFloats powers[2][kTerms] = {};
+        for (int f = 0; f < pairs; ++f) {
+            const HalfFloats c = load<HalfFloats>(cosine + f * kSplitTiles), t = load<HalfFloats>(sine + f * kSplitTiles);
+            const HalfFloats e = p[f] * c + s[f] * t, o = s[f] * c - p[f] * t;
+            if (f < rotary.fast) {
+                store(even + f * kSplitTiles, e);
+                store(odd + f * kSplitTiles, o);
+                continue;
+            }
+            const float* taylor = rotary.taylor + (f - rotary.fast) * 2 * kTerms;
+            each<kTerms>([&](auto k) KV_LAMBDA {
+                powers[0][k] += taylor[k] * e;
+                powers[1][k] += taylor[kTerms + k] * o;
+            });
+        }
+        for (int k = 0; k < rotary.terms() - rotary.fast; ++k) {
+            store(even + (rotary.fast + k) * kSplitTiles, powers[0][k]);
+            store(odd + (rotary.fast + k) * kSplitTiles, powers[1][k]);
         }
     }
 
     // sum_f even_f cos(w_f t) +- odd_f sin(w_f t) for N tiles: half the products serve both halves of a tile.
     template <int N>
-    void series(const float* offsets, const float* turned, float constant, float* out) {
+    void series(const float* offsets, int tile, float constant, float* out) {
+        const int terms = layer.rotary->terms();
+        const float *first = w.turned + tile, *second = first + terms * kSplitTiles;
         Floats even[N][2], odd[N][2];
         each<2 * N>([&](auto i) KV_LAMBDA { even[i / 2][i % 2] = odd[i / 2][i % 2] = Floats{}; });
-        for (int f = 0; f < pairs; ++f) {
+        for (int f = 0; f < terms; ++f) {
             const Floats c0 = load(offsets), c1 = load(offsets + 16), s0 = load(offsets + 32), s1 = load(offsets + 48);
             offsets += 64;
             each<N>([&](auto n) KV_LAMBDA {
-                const float e = turned[n * 2 * pairs + f], o = turned[n * 2 * pairs + pairs + f];
+                const float e = first[f * kSplitTiles + n], o = second[f * kSplitTiles + n];
                 even[n][0] += e * c0;
                 even[n][1] += e * c1;
                 odd[n][0] += o * s0;
@@ -654,6 +675,11 @@ struct Attention {
 
 // --- who does what --------------------------------------------------------------------------------------------------
 
+// Splits times rows times dimensions: below about 20 microseconds of work, waking threads costs more than it saves.
+constexpr int64_t kWorthThreads = 2048;
+// The same for writing, in multiply-adds.
+constexpr int64_t kWorthThreadsWriting = 1 << 20;
+
 struct Plan {
     Block* blocks;
     int count;
@@ -663,9 +689,9 @@ struct Plan {
 };
 
 // A block that several threads share keeps one partial result a split and row; whoever finishes last merges them in order.
-inline Plan plan(const Step& step, Block* blocks) {
+inline Plan plan(const Step& step, Block* blocks, int& threads) {
     Plan made{blocks, 0, 0, 0, 0};
-    int64_t splits = 0;
+    int64_t splits = 0, work = 0;
     for (int s = 0; s < step.sequences; ++s) {
         const int64_t queries = step.query_start[s + 1] - step.query_start[s], rows = queries * step.group;
         const int64_t context = step.seq_lens[s];
@@ -683,11 +709,13 @@ inline Plan plan(const Step& step, Block* blocks) {
                 if (step.window.size && step.window.whole_chunk) stored = least(stored, context - queries);
                 b.splits = static_cast<int>(ceil_div(most<int64_t>(0, stored), kSplit));
                 splits += b.splits;
+                work += static_cast<int64_t>(b.splits + 1) * b.rows * step.layer->dim;
                 blocks[made.count++] = b;
             }
     }
+    if (work < kWorthThreads) threads = 1;
     // Eight tasks a thread even out what blocks of different lengths leave idle.
-    made.range = step.threads > 1 ? most<int64_t>(1, ceil_div(splits, 8 * step.threads)) : INT32_MAX;
+    made.range = threads > 1 ? most<int64_t>(1, ceil_div(splits, 8 * threads)) : INT32_MAX;
     for (int i = 0; i < made.count; ++i) {
         Block& b = blocks[i];
         b.ranges = b.pending = static_cast<int>(most<int64_t>(1, ceil_div(b.splits, made.range)));
@@ -725,12 +753,13 @@ void attend(const Step& step) {
     for (int s = 0; s < step.sequences; ++s)
         capacity += step.layer->heads * ceil_div(static_cast<int64_t>(step.query_start[s + 1] - step.query_start[s]) * step.group, kRows);
     Block* blocks = static_cast<Block*>(allocate(capacity * sizeof(Block)));
-    const Plan made = plan(step, blocks);
+    int threads = step.threads;
+    const Plan made = plan(step, blocks, threads);
     int partial_size = 0;
     for (int h = 0; h < step.layer->heads; ++h) partial_size = most(partial_size, step.layer->value[h].latents);
     float* partials = static_cast<float*>(allocate(made.partial_rows * (round_up(partial_size, 16) + 2) * sizeof(float)));
     int next_block = 0, next_range = 0;
-    const int threads = static_cast<int>(least<int64_t>(step.threads, made.tasks));
+    threads = static_cast<int>(least<int64_t>(threads, made.tasks));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Attention<Isa> attention(step);
@@ -810,7 +839,8 @@ inline void write_half(const Writing& writing, const Half& half, const Tokens& s
 
 inline void write(const Writing& writing) {
     const int64_t batches = ceil_div(writing.tokens, kTokens), tasks = batches * writing.layer->heads * 2;
-    const int threads = static_cast<int>(least<int64_t>(writing.threads, tasks));
+    const int64_t products = writing.tokens * writing.layer->heads * 2 * writing.layer->dim * writing.layer->dim;
+    const int threads = products < kWorthThreadsWriting ? 1 : static_cast<int>(least<int64_t>(writing.threads, tasks));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < tasks; ++task) {
         const int64_t batch = task % batches;
