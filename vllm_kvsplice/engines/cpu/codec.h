@@ -61,7 +61,7 @@ constexpr int kTerms = 4;
 
 // Tables of one rotation, shared by all layers and grown as positions appear.
 struct Rotary {
-    const float* angles;   // [positions, 2, F]: cosines, sines
+    const float* angles;  // [positions, 2, F]: cosines, sines
     // The rest has the pairs in this order: fast ones, then those that are polynomials within a tile.
     const int32_t* order;  // [F]
     const float* centres;  // [splits, 2, F, 8], of the eight tiles' positions 64 k + 31.5
@@ -101,7 +101,7 @@ struct Pages {
 struct Window {
     const uint8_t* data = nullptr;
     Dtype dtype = Dtype::kFloat32;
-    int64_t block_stride = 0, head_stride = 0;   // in bytes
+    int64_t block_stride = 0, head_stride = 0;  // in bytes
     int block = 0;
     int64_t size = 0;
     bool whole_chunk = false;
@@ -112,16 +112,16 @@ struct Window {
 struct Step {
     const Layer* layer;
     Tokens query;
-    int group;   // G
+    int group;  // G
     float scale;
     Pages pages;
-    Window window;   // size 0: none
+    Window window;  // size 0: none
     int sequences;
     const int32_t* query_start;
     const int32_t* seq_lens;
     const int32_t* table;
     int64_t table_stride;
-    void* output;   // [T, H * G, D], contiguous rows of D
+    void* output;  // [T, H * G, D], contiguous rows of D
     Dtype output_dtype;
     int64_t output_token_stride;
     int threads;
