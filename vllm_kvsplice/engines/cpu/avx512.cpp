@@ -5,7 +5,8 @@
 // Values: a register holds 64 tokens of one latent, signed; a row's probabilities have 15 bits, two unsigned bytes.
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "attend.h"
+#include "write.h"
 
 namespace kvsplice {
 namespace {
@@ -56,9 +57,12 @@ KV_INLINE void levels(const Group& group, const uint8_t* data, int64_t stride, i
     const __m512i high = _mm512_xor_si512(load_bytes(group.levels + 64), flipped);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-        if constexpr (W == 8) out[i] = _mm512_xor_si512(out[i], _mm512_set1_epi8(static_cast<char>(flip ^ 0x80)));
-        else if constexpr (W == 7) out[i] = _mm512_permutex2var_epi8(low, out[i], high);
-        else out[i] = _mm512_permutexvar_epi8(out[i], low);
+        if constexpr (W == 8)
+            out[i] = _mm512_xor_si512(out[i], _mm512_set1_epi8(static_cast<char>(flip ^ 0x80)));
+        else if constexpr (W == 7)
+            out[i] = _mm512_permutex2var_epi8(low, out[i], high);
+        else
+            out[i] = _mm512_permutexvar_epi8(out[i], low);
     }
 }
 
@@ -87,11 +91,11 @@ void unpack_values_of(const Group& group, const uint8_t* data, int64_t stride, i
 
 // N query rows over a tile.
 template <int N>
-void dot_keys_of(const __m512i* keys, int latents, const int8_t* query, int64_t query_stride, const float* unit, const int32_t* offset, float* scores, Ahead& ahead) {
+void dot_keys_of(const __m512i* keys, int latents, const int8_t* query, int64_t query_stride, const float* unit,
+                 const int32_t* offset, float* scores, Ahead& ahead) {
     __m512i high[N][4], low[N][4];
-    each<N>([&](auto n) KV_LAMBDA {
-        each<4>([&](auto i) KV_LAMBDA { high[n][i] = low[n][i] = _mm512_setzero_si512(); });
-    });
+    each<N>([&](auto n)
+                KV_LAMBDA { each<4>([&](auto i) KV_LAMBDA { high[n][i] = low[n][i] = _mm512_setzero_si512(); }); });
     for (int r = 0; r < latents; r += 4, keys += 4) {
         ahead.ask();
         each<N>([&](auto n) KV_LAMBDA {
@@ -128,9 +132,8 @@ KV_INLINE __m128i sums_of(__m512i a, __m512i b, __m512i c, __m512i d) {
 template <int N>
 void dot_values_of(const int8_t* values, const uint8_t* probability, int tiles, int32_t* sums, Ahead* ahead) {
     __m512i high[N][4], low[N][4];
-    each<N>([&](auto n) KV_LAMBDA {
-        each<4>([&](auto i) KV_LAMBDA { high[n][i] = low[n][i] = _mm512_setzero_si512(); });
-    });
+    each<N>([&](auto n)
+                KV_LAMBDA { each<4>([&](auto i) KV_LAMBDA { high[n][i] = low[n][i] = _mm512_setzero_si512(); }); });
     for (int t = 0; t < tiles * kTile; t += kTile) {
         ahead[t / kTile].ask();
         __m512i latent[4];
@@ -146,7 +149,8 @@ void dot_values_of(const int8_t* values, const uint8_t* probability, int tiles, 
     }
     each<N>([&](auto n) KV_LAMBDA {
         each<4>([&](auto i) KV_LAMBDA { high[n][i] = _mm512_add_epi32(_mm512_slli_epi32(high[n][i], 8), low[n][i]); });
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + 8 * n), sums_of(high[n][0], high[n][1], high[n][2], high[n][3]));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + 8 * n),
+                         sums_of(high[n][0], high[n][1], high[n][2], high[n][3]));
     });
 }
 
@@ -188,7 +192,8 @@ struct Avx512 {
         by_width[group.width - 1](group, data, stride, reinterpret_cast<int8_t*>(out) + tile * kTile);
     }
 
-    static void dot_keys(const int16_t* keys, int latents, const int16_t* query, int64_t query_stride, const float* unit, const int32_t* offset, int rows, float* scores, Ahead& ahead) {
+    static void dot_keys(const int16_t* keys, int latents, const int16_t* query, int64_t query_stride,
+                         const float* unit, const int32_t* offset, int rows, float* scores, Ahead& ahead) {
         const __m512i* tile = reinterpret_cast<const __m512i*>(keys);
         for (int row = 0; row < rows;) {
             const int8_t* q = reinterpret_cast<const int8_t*>(query + row * query_stride);
@@ -200,12 +205,15 @@ struct Avx512 {
         }
     }
 
-    static void dot_values(const int16_t* values, const int16_t* probability, int tiles, int rows, int32_t* sums, Ahead* ahead) {
+    static void dot_values(const int16_t* values, const int16_t* probability, int tiles, int rows, int32_t* sums,
+                           Ahead* ahead) {
         for (int row = 0; row < rows;) {
             const uint8_t* p = reinterpret_cast<const uint8_t*>(probability + row * kSplit);
             const int8_t* v = reinterpret_cast<const int8_t*>(values);
             const int left = rows - row;
-            const auto kernel = left == 3 || left > 4 ? dot_values_of<3> : left >= 2 ? dot_values_of<2> : dot_values_of<1>;
+            const auto kernel = left == 3 || left > 4 ? dot_values_of<3>
+                                : left >= 2           ? dot_values_of<2>
+                                                      : dot_values_of<1>;
             for (int i = 0; i < 8; i += 4) kernel(v + i * kSplit, p, tiles, sums + 8 * row + i, ahead);
             row += left == 3 || left > 4 ? 3 : least(left, 2);
         }

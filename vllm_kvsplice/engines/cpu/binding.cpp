@@ -1,6 +1,7 @@
 // From Python and torch to the kernels: checks, tables made once a layer, and the choice of instruction set.
 #include <torch/extension.h>
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <memory>
@@ -18,45 +19,72 @@ using Widths = std::vector<std::vector<int64_t>>;
 
 // Tables of one rotation; they grow, and all layers that turn alike share them.
 struct RotaryTables {
-    std::vector<float> inv_freq, angles, centres, in_order, in_quads;
-    Rotary view;
+    std::vector<float> inv_freq, angles, centres, taylor, in_order, in_quads;
+    std::vector<int32_t> order;
+    Rotary view{};
 
     RotaryTables(std::vector<float> frequencies, bool interleaved) : inv_freq(std::move(frequencies)) {
-        const size_t pairs = inv_freq.size();
-        in_order.resize(pairs * 64);
-        in_quads.resize(pairs * 64);
+        const int pairs = static_cast<int>(inv_freq.size());
+        const auto fast = [&](int f) { return std::abs(inv_freq[f]) * (kTile - 1) / 2 >= 0.5f; };
+        for (int f = 0; f < pairs; ++f) order.push_back(f);
+        const auto slow = std::stable_partition(order.begin(), order.end(), fast);
+        view.fast = static_cast<int>(slow - order.begin());
+        for (auto f = slow; f != order.end(); ++f)
+            for (int odd = 0; odd < 2; ++odd)
+                for (int k = 0; k < kTerms; ++k) {
+                    const int power = 2 * k + odd;
+                    taylor.push_back(static_cast<float>((k % 2 ? -1 : 1) * std::pow(32.0 * inv_freq[*f], power) /
+                                                        std::tgamma(power + 1)));
+                }
         for (int s = 0; s < 32; ++s) {
             // Second half of a tile; quads: register 2 or 3, whose lanes hold four tokens of each quarter.
             const int quad_token = s / 4 % 4 * 16 + (2 + s / 16) * 4 + s % 4;
-            turn(in_order, s, 32 + s - (kTile - 1) / 2.0);
-            turn(in_quads, s, quad_token - (kTile - 1) / 2.0);
+            add_offset(in_order, s, 32 + s - (kTile - 1) / 2.0);
+            add_offset(in_quads, s, quad_token - (kTile - 1) / 2.0);
         }
-        view = {nullptr, nullptr, in_order.data(), in_quads.data(), static_cast<int>(pairs), interleaved};
+        view.order = order.data();
+        view.taylor = taylor.data();
+        view.offsets_in_order = in_order.data();
+        view.offsets_in_quads = in_quads.data();
+        view.pairs = pairs;
+        view.interleaved = interleaved;
     }
 
-    void turn(std::vector<float>& table, int place, double offset) {
-        for (size_t f = 0; f < inv_freq.size(); ++f) {
-            table[f * 64 + place] = static_cast<float>(std::cos(offset * inv_freq[f]));
-            table[f * 64 + 32 + place] = static_cast<float>(std::sin(offset * inv_freq[f]));
+    void add_offset(std::vector<float>& table, int place, double offset) {
+        table.resize((view.fast + kTerms) * 64);
+        for (int f = 0; f < view.fast; ++f) {
+            table[f * 64 + place] = static_cast<float>(std::cos(offset * inv_freq[order[f]]));
+            table[f * 64 + 32 + place] = static_cast<float>(std::sin(offset * inv_freq[order[f]]));
+        }
+        for (int k = 0; k < kTerms; ++k) {
+            table[(view.fast + k) * 64 + place] = static_cast<float>(std::pow(offset / 32, 2 * k));
+            table[(view.fast + k) * 64 + 32 + place] = static_cast<float>(std::pow(offset / 32, 2 * k + 1));
         }
     }
 
-    void reach_position(int64_t position) { view.angles = grown(angles, position + 1, 1, 0); }
-    void reach_context(int64_t tokens) { view.centres = grown(centres, tokens / kTile + 1, kTile, (kTile - 1) / 2.0); }
+    void reach_position(int64_t position) {
+        const int64_t pairs = view.pairs, known = angles.size() / (2 * pairs);
+        if (position >= known) angles.resize((position + 1024) / 1024 * 1024 * 2 * pairs);
+        for (int64_t i = known; i < static_cast<int64_t>(angles.size()) / (2 * pairs); ++i)
+            for (int64_t f = 0; f < pairs; ++f) {
+                const double angle = i * static_cast<double>(inv_freq[f]);
+                angles[i * 2 * pairs + f] = static_cast<float>(std::cos(angle));
+                angles[i * 2 * pairs + pairs + f] = static_cast<float>(std::sin(angle));
+            }
+        view.angles = angles.data();
+    }
 
-    const float* grown(std::vector<float>& table, int64_t rows, double scale, double shift) {
-        const int64_t pairs = inv_freq.size(), known = table.size() / (2 * pairs), step = 1024;
-        if (rows > known) {
-            rows = (rows + step - 1) / step * step;
-            table.resize(rows * 2 * pairs);
-            for (int64_t i = known; i < rows; ++i)
-                for (int64_t f = 0; f < pairs; ++f) {
-                    const double angle = (scale * i + shift) * inv_freq[f];
-                    table[i * 2 * pairs + f] = static_cast<float>(std::cos(angle));
-                    table[i * 2 * pairs + pairs + f] = static_cast<float>(std::sin(angle));
+    void reach_context(int64_t tokens) {
+        const int64_t row = 2 * view.pairs * kSplitTiles, known = centres.size() / row;
+        if (tokens > known * kSplit) centres.resize((tokens / kSplit + 1) * row);
+        for (int64_t i = known; i < static_cast<int64_t>(centres.size()) / row; ++i)
+            for (int f = 0; f < view.pairs; ++f)
+                for (int tile = 0; tile < kSplitTiles; ++tile) {
+                    const double angle = ((i * kSplitTiles + tile) * kTile + (kTile - 1) / 2.0) * inv_freq[order[f]];
+                    centres[i * row + f * kSplitTiles + tile] = static_cast<float>(std::cos(angle));
+                    centres[i * row + (view.pairs + f) * kSplitTiles + tile] = static_cast<float>(std::sin(angle));
                 }
-        }
-        return table.data();
+        view.centres = centres.data();
     }
 };
 
@@ -84,27 +112,34 @@ Group make_group(int width, int64_t plane, const float* levels) {
 
 // A layer's codec in the kernels' form.
 class Codec {
-   public:
-    Codec(const std::map<std::string, Tensor>& key, const std::map<std::string, Tensor>& value, const Widths& key_widths,
-          const Widths& value_widths, const Widths& key_planes, const Widths& value_planes,
+  public:
+    Codec(const std::map<std::string, Tensor>& key, const std::map<std::string, Tensor>& value,
+          const Widths& key_widths, const Widths& value_widths, const Widths& key_planes, const Widths& value_planes,
           const std::optional<Tensor>& inv_freq, bool interleaved, int64_t code_bytes)
-        : keys_(make_halves(key, key_widths, key_planes, false)), values_(make_halves(value, value_widths, value_planes, true)) {
+        : keys_(make_halves(key, key_widths, key_planes, false)),
+          values_(make_halves(value, value_widths, value_planes, true)) {
         if (inv_freq && inv_freq->numel()) rotary = shared_rotary(inv_freq->contiguous(), interleaved);
-        layer = {static_cast<int>(keys_.size()), static_cast<int>(key.at("mean").size(1)), code_bytes, keys_.data(), values_.data(),
+        layer = {static_cast<int>(keys_.size()),
+                 static_cast<int>(key.at("mean").size(1)),
+                 code_bytes,
+                 keys_.data(),
+                 values_.data(),
                  rotary ? &rotary->view : nullptr};
-        TORCH_CHECK(layer.dim <= kMaxDim && layer.dim % 8 == 0, "heads of ", layer.dim, " dimensions are not supported");
+        TORCH_CHECK(layer.dim <= kMaxDim && layer.dim % 8 == 0, "heads of ", layer.dim,
+                    " dimensions are not supported");
     }
 
     Layer layer;
     std::shared_ptr<RotaryTables> rotary;
 
-   private:
+  private:
     const float* keep(Tensor tensor) {
         kept_.push_back(tensor.to(at::kFloat).contiguous().clone());
         return kept_.back().const_data_ptr<float>();
     }
 
-    std::vector<Half> make_halves(const std::map<std::string, Tensor>& kind, const Widths& widths, const Widths& planes, bool value) {
+    std::vector<Half> make_halves(const std::map<std::string, Tensor>& kind, const Widths& widths, const Widths& planes,
+                                  bool value) {
         std::vector<Half> halves;
         for (size_t head = 0; head < widths.size(); ++head) {
             const Tensor levels = kind.at("levels")[head].to(at::kFloat).contiguous();
@@ -120,7 +155,8 @@ class Codec {
             halves.push_back({groups->data(), static_cast<int>(groups->size()), static_cast<int>(latents.size()),
                               keep(kind.at("mean")[head]), keep(kind.at("sink")[head]),
                               keep(kind.at("sink_scale")[head].index_select(0, used)),
-                              keep(kind.at("analysis")[head].index_select(0, used).t()), keep(value ? synthesis.t() : synthesis)});
+                              keep(kind.at("analysis")[head].index_select(0, used).t()),
+                              keep(value ? synthesis.t() : synthesis)});
             groups_.push_back(std::move(groups));
         }
         return halves;
@@ -137,7 +173,8 @@ const std::vector<const Kernels*>& available() {
 #if defined(__x86_64__)
         __builtin_cpu_init();
         auto has = [](bool supported) { return supported; };
-        const bool avx2 = has(__builtin_cpu_supports("avx2")) && has(__builtin_cpu_supports("fma")) && has(__builtin_cpu_supports("bmi2"));
+        const bool avx2 = has(__builtin_cpu_supports("avx2")) && has(__builtin_cpu_supports("fma")) &&
+                          has(__builtin_cpu_supports("bmi2"));
         const bool avx512 = has(__builtin_cpu_supports("avx512f")) && has(__builtin_cpu_supports("avx512bw")) &&
                             has(__builtin_cpu_supports("avx512vl")) && has(__builtin_cpu_supports("avx512dq")) &&
                             has(__builtin_cpu_supports("avx512vbmi")) && has(__builtin_cpu_supports("avx512vnni"));
@@ -157,10 +194,14 @@ std::vector<std::string> instruction_sets() {
 
 Dtype dtype_of(const Tensor& tensor) {
     switch (tensor.scalar_type()) {
-        case at::kFloat: return Dtype::kFloat32;
-        case at::kBFloat16: return Dtype::kBfloat16;
-        case at::kHalf: return Dtype::kFloat16;
-        default: TORCH_CHECK(false, "dtype ", tensor.scalar_type(), " is not supported");
+        case at::kFloat:
+            return Dtype::kFloat32;
+        case at::kBFloat16:
+            return Dtype::kBfloat16;
+        case at::kHalf:
+            return Dtype::kFloat16;
+        default:
+            TORCH_CHECK(false, "dtype ", tensor.scalar_type(), " is not supported");
     }
 }
 
@@ -178,14 +219,22 @@ Pages pages_of(const Tensor& pages) {
 }
 
 const int32_t* indices_of(const Tensor& x) {
-    TORCH_CHECK(x.scalar_type() == at::kInt && (x.stride(-1) == 1 || x.size(-1) == 1), "indices must be contiguous int32");
+    TORCH_CHECK(x.scalar_type() == at::kInt && (x.stride(-1) == 1 || x.size(-1) == 1),
+                "indices must be contiguous int32");
     return x.const_data_ptr<int32_t>();
 }
 
-void write(const Codec& codec, int isa, const Tensor& key, const Tensor& value, const Tensor& positions, const Tensor& slots, const Tensor& pages) {
+void write(const Codec& codec, int isa, const Tensor& key, const Tensor& value, const Tensor& positions,
+           const Tensor& slots, const Tensor& pages) {
     TORCH_CHECK(positions.is_contiguous() && slots.is_contiguous(), "positions and slots must be contiguous");
-    Writing writing{&codec.layer, tokens_of(key), tokens_of(value), positions.const_data_ptr<int64_t>(),
-                    slots.const_data_ptr<int64_t>(), slots.numel(), pages_of(pages), at::get_num_threads()};
+    Writing writing{&codec.layer,
+                    tokens_of(key),
+                    tokens_of(value),
+                    positions.const_data_ptr<int64_t>(),
+                    slots.const_data_ptr<int64_t>(),
+                    slots.numel(),
+                    pages_of(pages),
+                    at::get_num_threads()};
     int64_t last = 0;
     for (int64_t t = 0; t < writing.tokens; ++t) last = std::max(last, writing.positions[t]);
     if (codec.rotary) codec.rotary->reach_position(last);
@@ -207,15 +256,17 @@ void write_window(const Tensor& key, const Tensor& value, const Tensor& slots, c
                 const Tokens& source = sources[kind];
                 float row[kMaxDim];
                 load_row(source.data, source.dtype, t * source.token_stride + h * source.head_stride, dim, row);
-                store_row(row, dtype, slot / block * pages.stride(0) + h * pages.stride(1) + (slot % block * 2 + kind) * dim,
-                          dim, pages.data_ptr());
+                store_row(row, dtype,
+                          slot / block * pages.stride(0) + h * pages.stride(1) + (slot % block * 2 + kind) * dim, dim,
+                          pages.data_ptr());
             }
     }
 }
 
 void attend(const Codec& codec, int isa, const Tensor& query, const Tensor& pages, const Tensor& query_start,
             const Tensor& seq_lens, const Tensor& block_table, double scale, int64_t window_size, bool whole_chunk,
-            const std::optional<Tensor>& window_pages, const std::optional<Tensor>& window_table, const Tensor& output) {
+            const std::optional<Tensor>& window_pages, const std::optional<Tensor>& window_table,
+            const Tensor& output) {
     Step step{};
     step.layer = &codec.layer;
     step.query = tokens_of(query);
@@ -235,10 +286,17 @@ void attend(const Codec& codec, int isa, const Tensor& query, const Tensor& page
     step.threads = at::get_num_threads();
     if (window_pages) {
         const int64_t item = size_of(dtype_of(*window_pages));
-        TORCH_CHECK(window_pages->stride(3) == 1 && window_pages->stride(2) == 2 * codec.layer.dim, "a window's tokens must be contiguous");
-        step.window = {static_cast<const uint8_t*>(window_pages->const_data_ptr()), dtype_of(*window_pages),
-                       window_pages->stride(0) * item, window_pages->stride(1) * item, static_cast<int>(window_pages->size(2)),
-                       window_size, whole_chunk, indices_of(*window_table), window_table->stride(0)};
+        TORCH_CHECK(window_pages->stride(3) == 1 && window_pages->stride(2) == 2 * codec.layer.dim,
+                    "a window's tokens must be contiguous");
+        step.window = {static_cast<const uint8_t*>(window_pages->const_data_ptr()),
+                       dtype_of(*window_pages),
+                       window_pages->stride(0) * item,
+                       window_pages->stride(1) * item,
+                       static_cast<int>(window_pages->size(2)),
+                       window_size,
+                       whole_chunk,
+                       indices_of(*window_table),
+                       window_table->stride(0)};
     }
     int64_t longest = 0;
     for (int s = 0; s < step.sequences; ++s) longest = std::max<int64_t>(longest, step.seq_lens[s]);
@@ -252,8 +310,8 @@ void attend(const Codec& codec, int isa, const Tensor& query, const Tensor& page
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     using namespace kvsplice;
     py::class_<Codec>(module, "Codec")
-        .def(py::init<const std::map<std::string, Tensor>&, const std::map<std::string, Tensor>&, const Widths&, const Widths&,
-                      const Widths&, const Widths&, const std::optional<Tensor>&, bool, int64_t>());
+        .def(py::init<const std::map<std::string, Tensor>&, const std::map<std::string, Tensor>&, const Widths&,
+                      const Widths&, const Widths&, const Widths&, const std::optional<Tensor>&, bool, int64_t>());
     module.def("instruction_sets", &instruction_sets, "Names of those this processor has, best first.");
     module.def("write", &kvsplice::write, py::call_guard<py::gil_scoped_release>());
     module.def("write_window", &write_window, py::call_guard<py::gil_scoped_release>());

@@ -55,15 +55,25 @@ struct Half {
     const float* synthesis;    // keys [D, R], values [R, D]
 };
 
+// A pair that turns by less than half a radian from a tile's centre to its end is as well a polynomial of this many even
+// and odd terms (within 1e-7), and all such pairs of a row add up to one.
+constexpr int kTerms = 4;
+
 // Tables of one rotation, shared by all layers and grown as positions appear.
 struct Rotary {
-    const float* angles;   // [positions, 2, F]: cosines, sines
-    const float* centres;  // [tiles, 2, F], of positions 64 k + 31.5
-    // [F, 2, 32]: cosines and sines of the offsets from a tile's centre to half of its tokens. The other half are their
-    // mirror images. In the order in which the instruction set holds a tile's tokens: as they are, or quads transposed.
+    const float* angles;  // [positions, 2, F]: cosines, sines
+    // The rest has the pairs in this order: fast ones, then those that are polynomials within a tile.
+    const int32_t* order;  // [F]
+    const float* centres;  // [splits, 2, F, 8], of the eight tiles' positions 64 k + 31.5
+    const float* taylor;   // [F - fast, 2, kTerms]: coefficients of the even and the odd powers of offset / 32
+    // [fast + kTerms, 2, 32]: cosines and sines of the offsets from a tile's centre to half of its tokens, then powers. The
+    // other half are their mirror images. In the order in which the instruction set holds a tile's tokens: as they are, or
+    // quads transposed.
     const float *offsets_in_order, *offsets_in_quads;
-    int pairs;  // F
+    int pairs, fast;  // F
     bool interleaved;
+
+    int terms() const { return fast + (fast < pairs ? kTerms : 0); }
 };
 
 struct Layer {
@@ -91,7 +101,7 @@ struct Pages {
 struct Window {
     const uint8_t* data = nullptr;
     Dtype dtype = Dtype::kFloat32;
-    int64_t block_stride = 0, head_stride = 0;   // in bytes
+    int64_t block_stride = 0, head_stride = 0;  // in bytes
     int block = 0;
     int64_t size = 0;
     bool whole_chunk = false;
@@ -102,16 +112,16 @@ struct Window {
 struct Step {
     const Layer* layer;
     Tokens query;
-    int group;   // G
+    int group;  // G
     float scale;
     Pages pages;
-    Window window;   // size 0: none
+    Window window;  // size 0: none
     int sequences;
     const int32_t* query_start;
     const int32_t* seq_lens;
     const int32_t* table;
     int64_t table_stride;
-    void* output;   // [T, H * G, D], contiguous rows of D
+    void* output;  // [T, H * G, D], contiguous rows of D
     Dtype output_dtype;
     int64_t output_token_stride;
     int threads;

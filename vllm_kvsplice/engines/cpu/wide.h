@@ -6,7 +6,8 @@
 #include <immintrin.h>
 #endif
 
-#include "kernels.h"
+#include "attend.h"
+#include "write.h"
 
 namespace kvsplice {
 namespace {
@@ -51,7 +52,8 @@ KV_INLINE Bytes looked_up(const Group& group, Bytes codes) {
 #ifdef __AVX2__
     const Bytes high = codes >> 4 & 7;
     for (int part = 0; part < (group.width > 4 ? 1 << (group.width - 4) : 1); ++part) {
-        const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group.levels + 16 * part)));
+        const __m256i table =
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group.levels + 16 * part)));
         const Bytes level = (Bytes)_mm256_shuffle_epi8(table, (__m256i)(codes & 15));
         found |= level & (high == static_cast<int8_t>(part));
     }
@@ -99,7 +101,8 @@ struct Wide {
         }
     }
 
-    static void dot_keys(const int16_t* keys, int latents, const int16_t* query, int64_t query_stride, const float* unit, const int32_t*, int rows, float* scores, Ahead& ahead) {
+    static void dot_keys(const int16_t* keys, int latents, const int16_t* query, int64_t query_stride,
+                         const float* unit, const int32_t*, int rows, float* scores, Ahead& ahead) {
         for (int row = 0; row < rows; ++row, query += query_stride, scores += kSplit) {
             Sums sums[8] = {};
             for (int r = 0; r < latents; r += 2) {
@@ -109,11 +112,13 @@ struct Wide {
                 for (int i = 0; i < 8; ++i) sums[i] += pair_products(load<Shorts>(keys + r * kTile + 16 * i), both);
             }
             for (int i = 0; i < 8; ++i)
-                store(scores + 8 * i, load<HalfFloats>(scores + 8 * i) + unit[row] * __builtin_convertvector(sums[i], HalfFloats));
+                store(scores + 8 * i,
+                      load<HalfFloats>(scores + 8 * i) + unit[row] * __builtin_convertvector(sums[i], HalfFloats));
         }
     }
 
-    static void dot_values(const int16_t* values, const int16_t* probability, int tiles, int rows, int32_t* sums, Ahead* ahead) {
+    static void dot_values(const int16_t* values, const int16_t* probability, int tiles, int rows, int32_t* sums,
+                           Ahead* ahead) {
         for (int row = 0; row < rows; ++row, probability += kSplit) {
             Sums total[8] = {};
             for (int t = 0; t < tiles * kTile; t += 16) {

@@ -1,8 +1,7 @@
-// The engine, but for what differs between instruction sets: `Isa` unpacks codes and multiplies integers.
+// Attention, but for what differs between instruction sets: `Isa` unpacks codes and multiplies integers.
 //
-// Float arithmetic is written in vectors of 16, which the compiler splits where registers are shorter. Nothing that a row
-// computes depends on the rows beside it, on threads, or on how its sequence was cut into steps: tiles and splits lie at
-// absolute positions and are added up in order, so answers are the same to the last bit.
+// Nothing that a row computes depends on the rows beside it, on threads, or on how its sequence was cut into steps: tiles
+// and splits lie at absolute positions and are added up in order, so answers are the same to the last bit.
 //
 // An `Isa` has:
 //     kQuads             the order of a tile's tokens in scores: false as they are, true with its 4 x 4 quads transposed
@@ -14,136 +13,10 @@
 //     dot_values         sums of products over a split, eight latents a row
 #pragma once
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-#include <cstring>
-#include <utility>
-
-#include "codec.h"
+#include "vectors.h"
 
 namespace kvsplice {
-namespace {  // Every instruction set has its own copy of everything here.
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef double Doubles __attribute__((vector_size(64)));
-typedef float HalfFloats __attribute__((vector_size(32)));
-
-#define KV_INLINE inline __attribute__((always_inline))
-
-#define KV_LAMBDA __attribute__((always_inline))
-
-// f(0), ..., f(N - 1) with constants: arrays indexed by them stay in registers, which unrolled loops do not ensure.
-template <int N, class F>
-KV_INLINE void each(F f) {
-    [&]<int... I>(std::integer_sequence<int, I...>) KV_LAMBDA { (f(std::integral_constant<int, I>{}), ...); }
-    (std::make_integer_sequence<int, N>{});
-}
-
-template <class V = Floats>
-KV_INLINE V load(const void* from) {
-    V v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-template <class V>
-KV_INLINE void store(void* to, V v) {
-    std::memcpy(to, &v, sizeof v);
-}
-KV_INLINE Floats splat(float x) { return Floats{} + x; }
-
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-template <class T>
-constexpr T least(T a, T b) {
-    return a < b ? a : b;
-}
-template <class T>
-constexpr T most(T a, T b) {
-    return a > b ? a : b;
-}
-
-KV_INLINE Floats larger(Floats a, Floats b) {
-#ifdef __AVX512F__
-    return _mm512_max_ps(a, b);
-#else
-    return a > b ? a : b;
-#endif
-}
-
-// out[n, d] = sum_r weights[n, r] matrix[r, d]: `rows` small vectors by one matrix.
-struct Product {
-    const float* weights;
-    int64_t weights_stride;
-    int count;  // of r
-    const float* matrix;
-    int64_t matrix_stride;
-    int width;  // of d, a multiple of 8
-    float* out;
-    int64_t out_stride;
-};
-
-// N rows from `first` by V vectors from `d`, whose sums do not wait for each other.
-template <int N, int V, class Vector>
-KV_INLINE void combine_block(const Product& p, int first, int d) {
-    constexpr int lanes = sizeof(Vector) / sizeof(float);
-    Vector sums[N][V];
-    each<N * V>([&](auto i) KV_LAMBDA { sums[i / V][i % V] = Vector{}; });
-    for (int r = 0; r < p.count; ++r) {
-        const float* row = p.matrix + r * p.matrix_stride + d;
-        Vector values[V];
-        each<V>([&](auto v) KV_LAMBDA { values[v] = load<Vector>(row + lanes * v); });
-        each<N>([&](auto n) KV_LAMBDA {
-            const float weight = p.weights[(first + n) * p.weights_stride + r];
-            each<V>([&](auto v) KV_LAMBDA { sums[n][v] += weight * values[v]; });
-        });
-    }
-    each<N * V>([&](auto i) KV_LAMBDA { store(p.out + (first + i / V) * p.out_stride + d + lanes * (i % V), sums[i / V][i % V]); });
-}
-
-template <int N>
-void combine_rows(const Product& p, int first) {
-    int d = 0;
-    for (; d + 64 <= p.width; d += 64) combine_block<N, 4, Floats>(p, first, d);
-    for (; d < p.width; d += 8) combine_block<N, 1, HalfFloats>(p, first, d);
-}
-
-inline void combine(const Product& p, int rows) {
-    int row = 0;
-    for (; row + 4 <= rows; row += 4) combine_rows<4>(p, row);
-    for (; row < rows; ++row) combine_rows<1>(p, row);
-}
-
-// 2^x for x <= 0, within 3e-6; zero far below.
-KV_INLINE Floats exp2_below(Floats x) {
-    x = larger(x, splat(-100));
-    // Adding 1.5 * 2^23 rounds to whole numbers and leaves them in the low bits.
-    const Floats shifted = x + 12582912.0f;
-    const Floats f = x - (shifted - 12582912.0f);
-    Floats p = splat(0.0013333558f);
-    p = p * f + 0.0096181291f;
-    p = p * f + 0.0555041087f;
-    p = p * f + 0.2402265069f;
-    p = p * f + 0.6931471806f;
-    p = p * f + 1.0f;
-    return (Floats)((Ints)p + ((Ints)shifted << 23));
-}
-
-KV_INLINE float largest(Floats v) {
-    float lanes[16], found = kNever;
-    store(lanes, v);
-    for (float x : lanes) found = most(found, x);
-    return found;
-}
-
-KV_INLINE float sum_of(Floats v) {
-    float lanes[16], total = 0;
-    store(lanes, v);
-    for (float x : lanes) total += x;
-    return total;
-}
+namespace {
 
 // Lines of memory to ask for, a few at a time between products: all at once they would hold up the core.
 struct Ahead {
@@ -174,18 +47,19 @@ constexpr Order<Isa> kOrder{};
 // Consecutive query rows of one sequence and KV head, row = token * G + head of the group.
 struct Block {
     int sequence, head, first, rows;
-    int64_t query;      // index in the step of the sequence's first query
-    int64_t context;    // tokens stored of the sequence
-    int64_t queries;    // of the sequence
-    int splits;         // that some row reads
-    int ranges;         // that the splits are divided in; 1: all by whoever takes the block
-    int pending;        // ranges not finished
-    int64_t partials;   // where this block's partial results lie
+    int64_t query;     // index in the step of the sequence's first query
+    int64_t context;   // tokens stored of the sequence
+    int64_t queries;   // of the sequence
+    int splits;        // that some row reads
+    int ranges;        // that the splits are divided in; 1: all by whoever takes the block
+    int pending;       // ranges not finished
+    int64_t partials;  // where this block's partial results lie
 };
 
 // Everything a thread needs for a block. M = kRows.
 struct Workspace {
-    float *query, *absorbed, *pairs, *turned, *scores, *partial, *state, *exact_keys, *exact_values, *first_key, *first_value;
+    float *query, *absorbed, *pairs, *turned, *scores, *partial, *state, *exact_keys, *exact_values, *first_key,
+        *first_value;
     int16_t *quantised, *probability, *keys, *values;
     uint8_t* tile;
     float unit[kRows], constant[kRows], top[kRows], weight[kRows];
@@ -233,7 +107,7 @@ struct Attention {
         place(at, w.query, kRows * round_up(dim, 16));
         place(at, w.absorbed, kRows * round_up(key_latents, 16));
         place(at, w.pairs, kRows * 2 * pairs);
-        place(at, w.turned, kSplitTiles * kRows * 2 * pairs);
+        place(at, w.turned, kSplitTiles * 2 * (pairs + kTerms));
         place(at, w.scores, kRows * kSplit);
         place(at, w.partial, kRows * partial_size);
         place(at, w.state, kRows * state_size);
@@ -264,7 +138,8 @@ struct Attention {
         const Half& half = layer.key[b.head];
         const int64_t first_query = b.context - b.queries;
         for (int row = 0; row < b.rows; ++row) {
-            const int64_t token = (b.first + row) / step.group, head = b.head * step.group + (b.first + row) % step.group;
+            const int64_t token = (b.first + row) / step.group,
+                          head = b.head * step.group + (b.first + row) % step.group;
             float* q = w.query + row * round_up(dim, 16);
             load_row(step.query.data, step.query.dtype,
                      (b.query + token) * step.query.token_stride + head * step.query.head_stride, dim, q);
@@ -275,7 +150,9 @@ struct Attention {
             w.stored[row] = most<int64_t>(0, w.begin[row]);
             split_mean(half, q, row);
         }
-        combine({w.query, round_up(dim, 16), dim, half.synthesis, half.latents, half.latents, w.absorbed, round_up(key_latents, 16)}, b.rows);
+        combine({w.query, round_up(dim, 16), dim, half.synthesis, half.latents, half.latents, w.absorbed,
+                 round_up(key_latents, 16)},
+                b.rows);
         for (int row = 0; row < b.rows; ++row) quantise(half, row);
     }
 
@@ -303,7 +180,8 @@ struct Attention {
         float* cosine = w.pairs + row * 2 * pairs;
         const bool adjacent = pairs && layer.rotary->interleaved;
         for (int f = 0; f < pairs; ++f) {
-            const int a = adjacent ? 2 * f : f, b = adjacent ? 2 * f + 1 : f + pairs;
+            const int pair = layer.rotary->order[f];
+            const int a = adjacent ? 2 * pair : pair, b = adjacent ? 2 * pair + 1 : pair + pairs;
             cosine[f] = q[a] * half.mean[a] + q[b] * half.mean[b];
             cosine[pairs + f] = q[b] * half.mean[a] - q[a] * half.mean[b];
         }
@@ -327,7 +205,8 @@ struct Attention {
             std::memset(&s, 0, state_size * sizeof(float));
             s.top = kNever;
             if (w.stored[row] == 0) continue;
-            const float *q = w.query + row * round_up(dim, 16), *absorbed = w.absorbed + row * round_up(key_latents, 16);
+            const float *q = w.query + row * round_up(dim, 16),
+                        *absorbed = w.absorbed + row * round_up(key_latents, 16);
             float score = 0;
             for (int d = 0; d < dim; ++d) score += q[d] * key.sink[d];
             for (int r = 0; r < key.latents; ++r) score += absorbed[r] * w.first_key[r];
@@ -374,7 +253,8 @@ struct Attention {
         for (int quarter = 0; quarter < 4; ++quarter) {
             const int64_t at = position + 16 * quarter;
             if (at >= b.context) break;
-            const uint8_t* from = step.pages.data + table(b)[at / block] * step.pages.block_stride + first_plane * block + at % block;
+            const uint8_t* from =
+                step.pages.data + table(b)[at / block] * step.pages.block_stride + first_plane * block + at % block;
             for (int64_t c = 0; c < count; ++c) std::memcpy(w.tile + c * kTile + 16 * quarter, from + c * block, 16);
         }
         return {w.tile, kTile};
@@ -406,34 +286,55 @@ struct Attention {
             return;
         }
         const float* offsets = Isa::kQuads ? layer.rotary->offsets_in_quads : layer.rotary->offsets_in_order;
+        const float* cosine = layer.rotary->centres + static_cast<int64_t>(split) * 2 * pairs * kSplitTiles;
         for (int row = 0; row < b.rows; ++row) {
-            const float *p = w.pairs + row * 2 * pairs, *s = p + pairs;
-            for (int tile = 0; tile < tiles; ++tile) {
-                const float* cosine = layer.rotary->centres + (split * static_cast<int64_t>(kSplitTiles) + tile) * 2 * pairs;
-                const float* sine = cosine + pairs;
-                float *__restrict even = w.turned + tile * 2 * pairs, *__restrict odd = even + pairs;
-                for (int f = 0; f < pairs; ++f) {
-                    even[f] = p[f] * cosine[f] + s[f] * sine[f];
-                    odd[f] = s[f] * cosine[f] - p[f] * sine[f];
-                }
-            }
+            turn(w.pairs + row * 2 * pairs, cosine);
             float* out = w.scores + row * kSplit;
             int tile = 0;
-            for (; tile + 4 <= tiles; tile += 4) series<4>(offsets, w.turned + tile * 2 * pairs, w.constant[row], out + tile * kTile);
-            for (; tile < tiles; ++tile) series<1>(offsets, w.turned + tile * 2 * pairs, w.constant[row], out + tile * kTile);
+            for (; tile + 4 <= tiles; tile += 4) series<4>(offsets, tile, w.constant[row], out + tile * kTile);
+            for (; tile < tiles; ++tile) series<1>(offsets, tile, w.constant[row], out + tile * kTile);
+        }
+    }
+
+    // A row's series around the centres of a split's tiles, [2, terms, 8]: factors of cosines (even) and of sines (odd).
+    void turn(const float* row, const float* cosine) {
+        const Rotary& rotary = *layer.rotary;
+        const float *p = row, *s = row + pairs, *sine = cosine + pairs * kSplitTiles;
+        float *even = w.turned, *odd = w.turned + rotary.terms() * kSplitTiles;
+        HalfFloats powers[2][kTerms] = {};
+        for (int f = 0; f < pairs; ++f) {
+            const HalfFloats c = load<HalfFloats>(cosine + f * kSplitTiles),
+                             t = load<HalfFloats>(sine + f * kSplitTiles);
+            const HalfFloats e = p[f] * c + s[f] * t, o = s[f] * c - p[f] * t;
+            if (f < rotary.fast) {
+                store(even + f * kSplitTiles, e);
+                store(odd + f * kSplitTiles, o);
+                continue;
+            }
+            const float* taylor = rotary.taylor + (f - rotary.fast) * 2 * kTerms;
+            each<kTerms>([&](auto k) KV_LAMBDA {
+                powers[0][k] += taylor[k] * e;
+                powers[1][k] += taylor[kTerms + k] * o;
+            });
+        }
+        for (int k = 0; k < rotary.terms() - rotary.fast; ++k) {
+            store(even + (rotary.fast + k) * kSplitTiles, powers[0][k]);
+            store(odd + (rotary.fast + k) * kSplitTiles, powers[1][k]);
         }
     }
 
     // sum_f even_f cos(w_f t) +- odd_f sin(w_f t) for N tiles: half the products serve both halves of a tile.
     template <int N>
-    void series(const float* offsets, const float* turned, float constant, float* out) {
+    void series(const float* offsets, int tile, float constant, float* out) {
+        const int terms = layer.rotary->terms();
+        const float *first = w.turned + tile, *second = first + terms * kSplitTiles;
         Floats even[N][2], odd[N][2];
         each<2 * N>([&](auto i) KV_LAMBDA { even[i / 2][i % 2] = odd[i / 2][i % 2] = Floats{}; });
-        for (int f = 0; f < pairs; ++f) {
+        for (int f = 0; f < terms; ++f) {
             const Floats c0 = load(offsets), c1 = load(offsets + 16), s0 = load(offsets + 32), s1 = load(offsets + 48);
             offsets += 64;
             each<N>([&](auto n) KV_LAMBDA {
-                const float e = turned[n * 2 * pairs + f], o = turned[n * 2 * pairs + pairs + f];
+                const float e = first[f * kSplitTiles + n], o = second[f * kSplitTiles + n];
                 even[n][0] += e * c0;
                 even[n][1] += e * c1;
                 odd[n][0] += o * s0;
@@ -540,7 +441,8 @@ struct Attention {
             Isa::dot_values(w.values, w.probability, tiles, b.rows, sums, ahead);
             for (int row = 0; row < b.rows; ++row)
                 for (int i = 0; i < 8; ++i)
-                    partial[row * partial_size + 2 + 8 * g + i] = static_cast<float>(sums[row * 8 + i]) * (1 / 32767.0f);
+                    partial[row * partial_size + 2 + 8 * g + i] =
+                        static_cast<float>(sums[row * 8 + i]) * (1 / 32767.0f);
         }
     }
 
@@ -576,7 +478,8 @@ struct Attention {
             end = most(end, w.last[row] + 1);
         }
         for (int64_t base = begin / kTile * kTile; base < end; base += kTile) {
-            const int from = static_cast<int>(most<int64_t>(0, begin - base)), until = static_cast<int>(least<int64_t>(kTile, end - base));
+            const int from = static_cast<int>(most<int64_t>(0, begin - base)),
+                      until = static_cast<int>(least<int64_t>(kTile, end - base));
             load_window(b, base, from, until);
             for (int row = 0; row < b.rows; ++row) attend_exact(row, base);
         }
@@ -590,7 +493,8 @@ struct Attention {
         if (until - from < kTile) std::memset(w.exact_keys, 0, kTile * dim * sizeof(float));
         for (int t = from; t < until; ++t) {
             const int64_t position = base + t;
-            const uint8_t* token = window.data + blocks[position / window.block] * window.block_stride + b.head * window.head_stride;
+            const uint8_t* token =
+                window.data + blocks[position / window.block] * window.block_stride + b.head * window.head_stride;
             const int64_t offset = position % window.block * 2 * dim;
             float key[kMaxDim];
             load_row(token, window.dtype, offset, dim, key);
@@ -637,7 +541,8 @@ struct Attention {
         if (step.window.size) attend_window(b);
         const Half& half = layer.value[b.head];
         // Queries are done with: their place takes the outputs.
-        combine({state(0).latents(), state_size, half.latents, half.synthesis, dim, dim, w.query, round_up(dim, 16)}, b.rows);
+        combine({state(0).latents(), state_size, half.latents, half.synthesis, dim, dim, w.query, round_up(dim, 16)},
+                b.rows);
         for (int row = 0; row < b.rows; ++row) {
             State& s = state(row);
             float* output = w.query + row * round_up(dim, 16);
@@ -654,18 +559,21 @@ struct Attention {
 
 // --- who does what --------------------------------------------------------------------------------------------------
 
+// Splits times rows times dimensions: below about 20 microseconds of work, waking threads costs more than it saves.
+constexpr int64_t kWorthThreads = 2048;
+
 struct Plan {
     Block* blocks;
     int count;
-    int64_t range;         // splits a task takes at most
+    int64_t range;  // splits a task takes at most
     int64_t tasks;
     int64_t partial_rows;  // in all blocks that several threads share
 };
 
 // A block that several threads share keeps one partial result a split and row; whoever finishes last merges them in order.
-inline Plan plan(const Step& step, Block* blocks) {
+inline Plan plan(const Step& step, Block* blocks, int& threads) {
     Plan made{blocks, 0, 0, 0, 0};
-    int64_t splits = 0;
+    int64_t splits = 0, work = 0;
     for (int s = 0; s < step.sequences; ++s) {
         const int64_t queries = step.query_start[s + 1] - step.query_start[s], rows = queries * step.group;
         const int64_t context = step.seq_lens[s];
@@ -683,11 +591,13 @@ inline Plan plan(const Step& step, Block* blocks) {
                 if (step.window.size && step.window.whole_chunk) stored = least(stored, context - queries);
                 b.splits = static_cast<int>(ceil_div(most<int64_t>(0, stored), kSplit));
                 splits += b.splits;
+                work += static_cast<int64_t>(b.splits + 1) * b.rows * step.layer->dim;
                 blocks[made.count++] = b;
             }
     }
+    if (work < kWorthThreads) threads = 1;
     // Eight tasks a thread even out what blocks of different lengths leave idle.
-    made.range = step.threads > 1 ? most<int64_t>(1, ceil_div(splits, 8 * step.threads)) : INT32_MAX;
+    made.range = threads > 1 ? most<int64_t>(1, ceil_div(splits, 8 * threads)) : INT32_MAX;
     for (int i = 0; i < made.count; ++i) {
         Block& b = blocks[i];
         b.ranges = b.pending = static_cast<int>(most<int64_t>(1, ceil_div(b.splits, made.range)));
@@ -702,7 +612,8 @@ template <class Isa>
 void run_task(Attention<Isa>& a, Block& b, int range, int64_t length, float* partials) {
     a.prepare(b);
     const int64_t row = a.partial_size;
-    const int first = static_cast<int>(range * length), last = static_cast<int>(least<int64_t>(b.splits, first + length));
+    const int first = static_cast<int>(range * length),
+              last = static_cast<int>(least<int64_t>(b.splits, first + length));
     if (b.ranges == 1) {
         a.start(b);
         for (int split = 0; split < b.splits; ++split) {
@@ -712,7 +623,8 @@ void run_task(Attention<Isa>& a, Block& b, int range, int64_t length, float* par
         a.finish(b);
         return;
     }
-    for (int split = first; split < last; ++split) a.attend_split(b, split, partials + (b.partials + split * b.rows) * row);
+    for (int split = first; split < last; ++split)
+        a.attend_split(b, split, partials + (b.partials + split * b.rows) * row);
     if (__atomic_sub_fetch(&b.pending, 1, __ATOMIC_ACQ_REL)) return;
     a.start(b);
     for (int split = 0; split < b.splits; ++split) a.merge_split(b, partials + (b.partials + split * b.rows) * row);
@@ -723,14 +635,17 @@ template <class Isa>
 void attend(const Step& step) {
     int64_t capacity = 0;
     for (int s = 0; s < step.sequences; ++s)
-        capacity += step.layer->heads * ceil_div(static_cast<int64_t>(step.query_start[s + 1] - step.query_start[s]) * step.group, kRows);
+        capacity += step.layer->heads *
+                    ceil_div(static_cast<int64_t>(step.query_start[s + 1] - step.query_start[s]) * step.group, kRows);
     Block* blocks = static_cast<Block*>(allocate(capacity * sizeof(Block)));
-    const Plan made = plan(step, blocks);
+    int threads = step.threads;
+    const Plan made = plan(step, blocks, threads);
     int partial_size = 0;
     for (int h = 0; h < step.layer->heads; ++h) partial_size = most(partial_size, step.layer->value[h].latents);
-    float* partials = static_cast<float*>(allocate(made.partial_rows * (round_up(partial_size, 16) + 2) * sizeof(float)));
+    float* partials =
+        static_cast<float*>(allocate(made.partial_rows * (round_up(partial_size, 16) + 2) * sizeof(float)));
     int next_block = 0, next_range = 0;
-    const int threads = static_cast<int>(least<int64_t>(step.threads, made.tasks));
+    threads = static_cast<int>(least<int64_t>(threads, made.tasks));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Attention<Isa> attention(step);
@@ -751,83 +666,6 @@ void attend(const Step& step) {
     }
     release(partials);
     release(blocks);
-}
-
-// --- writing --------------------------------------------------------------------------------------------------------
-
-// Tokens that share a pass over the analysis matrix.
-constexpr int kTokens = 4;
-
-inline uint8_t* first_byte(const Writing& writing, int64_t token) {
-    const int64_t slot = writing.slots[token], block = writing.pages.block;
-    return writing.pages.data + slot / block * writing.pages.block_stride + slot % block;
-}
-
-// Codes of up to four tokens of one head and kind, into their pages. Latents are summed in float64 like the reference's.
-inline void write_half(const Writing& writing, const Half& half, const Tokens& source, bool key, int head, const int64_t* tokens, int count) {
-    const int dim = writing.layer->dim;
-    alignas(64) float difference[kTokens][kMaxDim];
-    for (int t = 0; t < count; ++t) {
-        float x[kMaxDim];
-        load_row(source.data, source.dtype, tokens[t] * source.token_stride + head * source.head_stride, dim, x);
-        residual(*writing.layer, half, key, writing.positions[tokens[t]], x, difference[t]);
-    }
-    for (int g = 0; g < half.group_count; ++g) {
-        const Group& group = half.groups[g];
-        Doubles sums[kTokens] = {};
-        for (int d = 0; d < dim; ++d) {
-            const Doubles row = __builtin_convertvector(load<HalfFloats>(half.analysis + d * half.latents + 8 * g), Doubles);
-            for (int t = 0; t < kTokens; ++t) sums[t] += row * static_cast<double>(difference[t][d]);
-        }
-        for (int t = 0; t < count; ++t) {
-            double latents[8];
-            store(latents, sums[t]);
-            const bool first = writing.positions[tokens[t]] == 0;
-            uint8_t codes[8];
-            for (int i = 0; i < 8; ++i) {
-                const double scale = half.sink_scale[8 * g + i];
-                if (first) latents[i] = scale > 0 ? latents[i] / scale : 0;
-                const float doubled = 2 * static_cast<float>(latents[i]);
-                // A latent that is no number gets the last code, as from the reference engine.
-                const float place = doubled <= 255 ? __builtin_ceilf(most(doubled, -256.0f)) : 255.0f;
-                codes[i] = group.codes[static_cast<int>(place) + 256];
-            }
-            uint8_t* byte = first_byte(writing, tokens[t]) + group.plane * writing.pages.block;
-            int low = 0;
-            for (int bits = 8; bits; bits /= 2) {
-                if (group.width - low < bits) continue;
-                const int per_byte = 8 / bits;
-                for (int i = 0; i < 8; i += per_byte, byte += writing.pages.block) {
-                    int packed = 0;
-                    for (int j = 0; j < per_byte; ++j) packed |= (codes[i + j] >> low & ((1 << bits) - 1)) << j * bits;
-                    *byte = static_cast<uint8_t>(packed);
-                }
-                low += bits;
-            }
-        }
-    }
-}
-
-inline void write(const Writing& writing) {
-    const int64_t batches = ceil_div(writing.tokens, kTokens), tasks = batches * writing.layer->heads * 2;
-    const int threads = static_cast<int>(least<int64_t>(writing.threads, tasks));
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t task = 0; task < tasks; ++task) {
-        const int64_t batch = task % batches;
-        const int head = static_cast<int>(task / batches / 2);
-        const bool key = task / batches % 2 == 0;
-        int64_t tokens[kTokens];
-        int count = 0;
-        for (int64_t t = batch * kTokens; t < least(writing.tokens, (batch + 1) * kTokens); ++t)
-            if (writing.slots[t] >= 0) tokens[count++] = t;
-        if (count == 0) continue;
-        for (int t = 0; t < count && key && head == 0; ++t) {
-            uint8_t* byte = first_byte(writing, tokens[t]);
-            for (int64_t c = writing.layer->code_bytes; c < writing.pages.token_bytes; ++c) byte[c * writing.pages.block] = 0;
-        }
-        const Half& half = (key ? writing.layer->key : writing.layer->value)[head];
-        write_half(writing, half, key ? writing.key : writing.value, key, head, tokens, count);
-    }
 }
 
 }  // namespace

@@ -1,0 +1,139 @@
+// Float arithmetic in vectors of 16, which the compiler splits where registers are shorter. Every instruction set has its
+// own copy of what is here, and of all that includes it: nothing may be shared between code compiled for different ones.
+#pragma once
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include <cstring>
+#include <utility>
+
+#include "codec.h"
+
+namespace kvsplice {
+namespace {
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef float HalfFloats __attribute__((vector_size(32)));
+
+#define KV_INLINE inline __attribute__((always_inline))
+
+#define KV_LAMBDA __attribute__((always_inline))
+
+// f(0), ..., f(N - 1) with constants: arrays indexed by them stay in registers, which unrolled loops do not ensure.
+template <int N, class F>
+KV_INLINE void each(F f) {
+    [&]<int... I>(std::integer_sequence<int, I...>)
+        KV_LAMBDA { (f(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
+}
+
+template <class V = Floats>
+KV_INLINE V load(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+template <class V>
+KV_INLINE void store(void* to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
+KV_INLINE Floats splat(float x) { return Floats{} + x; }
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+template <class T>
+constexpr T least(T a, T b) {
+    return a < b ? a : b;
+}
+template <class T>
+constexpr T most(T a, T b) {
+    return a > b ? a : b;
+}
+
+KV_INLINE Floats larger(Floats a, Floats b) {
+#ifdef __AVX512F__
+    return _mm512_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// out[n, d] = sum_r weights[n, r] matrix[r, d]: `rows` small vectors by one matrix.
+struct Product {
+    const float* weights;
+    int64_t weights_stride;
+    int count;  // of r
+    const float* matrix;
+    int64_t matrix_stride;
+    int width;  // of d, a multiple of 8
+    float* out;
+    int64_t out_stride;
+};
+
+// N rows from `first` by V vectors from `d`, whose sums do not wait for each other.
+template <int N, int V, class Vector>
+KV_INLINE void combine_block(const Product& p, int first, int d) {
+    constexpr int lanes = sizeof(Vector) / sizeof(float);
+    Vector sums[N][V];
+    each<N * V>([&](auto i) KV_LAMBDA { sums[i / V][i % V] = Vector{}; });
+    for (int r = 0; r < p.count; ++r) {
+        const float* row = p.matrix + r * p.matrix_stride + d;
+        Vector values[V];
+        each<V>([&](auto v) KV_LAMBDA { values[v] = load<Vector>(row + lanes * v); });
+        each<N>([&](auto n) KV_LAMBDA {
+            const float weight = p.weights[(first + n) * p.weights_stride + r];
+            each<V>([&](auto v) KV_LAMBDA { sums[n][v] += weight * values[v]; });
+        });
+    }
+    each<N * V>([&](auto i) KV_LAMBDA {
+        store(p.out + (first + i / V) * p.out_stride + d + lanes * (i % V), sums[i / V][i % V]);
+    });
+}
+
+template <int N>
+void combine_rows(const Product& p, int first) {
+    int d = 0;
+    for (; d + 64 <= p.width; d += 64) combine_block<N, 4, Floats>(p, first, d);
+    for (; d < p.width; d += 8) combine_block<N, 1, HalfFloats>(p, first, d);
+}
+
+inline void combine(const Product& p, int rows) {
+    int row = 0;
+    for (; row + 4 <= rows; row += 4) combine_rows<4>(p, row);
+    for (; row < rows; ++row) combine_rows<1>(p, row);
+}
+
+// 2^x for x <= 0, within 3e-6; zero far below.
+KV_INLINE Floats exp2_below(Floats x) {
+    x = larger(x, splat(-100));
+    // Adding 1.5 * 2^23 rounds to whole numbers and leaves them in the low bits.
+    const Floats shifted = x + 12582912.0f;
+    const Floats f = x - (shifted - 12582912.0f);
+    Floats p = splat(0.0013333558f);
+    p = p * f + 0.0096181291f;
+    p = p * f + 0.0555041087f;
+    p = p * f + 0.2402265069f;
+    p = p * f + 0.6931471806f;
+    p = p * f + 1.0f;
+    return (Floats)((Ints)p + ((Ints)shifted << 23));
+}
+
+KV_INLINE float largest(Floats v) {
+    float lanes[16], found = kNever;
+    store(lanes, v);
+    for (float x : lanes) found = most(found, x);
+    return found;
+}
+
+KV_INLINE float sum_of(Floats v) {
+    float lanes[16], total = 0;
+    store(lanes, v);
+    for (float x : lanes) total += x;
+    return total;
+}
+
+}  // namespace
+}  // namespace kvsplice
