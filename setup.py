@@ -42,7 +42,11 @@ def native_extension() -> dict[str, Any]:
                 compile_one(obj, source, ext, cc_args, postargs + FLAGS.get(Path(source).name, []), pp_opts)
 
             self.compiler._compile = with_flags
-            super().build_extensions()
+            try:
+                super().build_extensions()
+            # Torch looks for the compiler on its own and raises whatever that brings up.
+            except Exception as error:
+                print(f"vllm-kvsplice: the C++ engine is not built ({error})", file=sys.stderr)
 
     sources = ["binding.cpp", "codec.cpp", "portable.cpp", *(["avx2.cpp", "avx512.cpp"] if X86 else [])]
     kernels = CppExtension(

@@ -78,6 +78,7 @@ struct Attention {
     const Step& step;
     const Layer& layer;
     Workspace w;
+    const Block* next = nullptr;
     int dim, pairs, key_latents, value_latents, state_size, partial_size;
 
     explicit Attention(const Step& s) : step(s), layer(*s.layer), dim(s.layer->dim) {
@@ -260,10 +261,16 @@ struct Attention {
         return {w.tile, kTile};
     }
 
-    // The byte planes of a tile, to be asked for while others are worked on; nothing where there are none.
-    Ahead ahead_of(const Block& b, const Half& half, int64_t tile) {
-        if (step.pages.block % kTile || tile * kTile >= b.context || !half.group_count) return {nullptr, 0, 0};
-        const Planes planes = planes_of(b, half, tile);
+    // The byte planes of a tile, to be asked for while others are worked on. Where the sequence has ended they are those of
+    // tile `first` of the block that this thread probably takes next.
+    Ahead ahead_of(const Block& current, bool key, int64_t tile, int64_t first) {
+        const bool ended = tile * kTile >= current.context;
+        const Block* b = ended ? next : &current;
+        if (ended) tile = first;
+        if (step.pages.block % kTile || !b || tile * kTile >= b->context) return {};
+        const Half& half = (key ? layer.key : layer.value)[b->head];
+        if (!half.group_count) return {};
+        const Planes planes = planes_of(*b, half, tile);
         return {planes.data, planes.stride, plane_count(half)};
     }
 
@@ -356,7 +363,7 @@ struct Attention {
         for (int tile = 0; tile < tiles; ++tile) {
             const int64_t number = split * static_cast<int64_t>(kSplitTiles) + tile;
             const Planes planes = planes_of(b, half, number);
-            Ahead ahead = ahead_of(b, half, number + 1);
+            Ahead ahead = ahead_of(b, true, number + 1, 0);
             for (int g = 0; g < half.group_count; ++g) {
                 const Group& group = half.groups[g];
                 const uint8_t* data = planes.data + (group.plane - half.groups[0].plane) * planes.stride;
@@ -422,7 +429,7 @@ struct Attention {
         for (int tile = 0; tile < tiles && !gathered; ++tile) {
             const int64_t number = split * static_cast<int64_t>(kSplitTiles) + tile;
             planes[tile] = planes_of(b, half, number);
-            next[tile] = ahead_of(b, half, number + kSplitTiles);
+            next[tile] = ahead_of(b, false, number + kSplitTiles, tile);
         }
         for (int g = 0; g < half.group_count; ++g) {
             const Group& group = half.groups[g];
@@ -661,6 +668,7 @@ void attend(const Step& step) {
                 }
             }
             if (block >= made.count) break;
+            attention.next = block + threads < made.count ? blocks + block + threads : nullptr;
             run_task(attention, blocks[block], range, made.range, partials);
         }
     }

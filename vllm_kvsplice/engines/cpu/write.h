@@ -20,11 +20,14 @@ inline uint8_t* first_byte(const Writing& writing, int64_t token) {
 inline void write_half(const Writing& writing, const Half& half, const Tokens& source, bool key, int head,
                        const int64_t* tokens, int count) {
     const int dim = writing.layer->dim;
-    alignas(64) float difference[kTokens][kMaxDim];
+    // Widened once, so that every group's products read them as they are.
+    double difference[kTokens][kMaxDim] = {};
     for (int t = 0; t < count; ++t) {
         float x[kMaxDim];
         load_row(source.data, source.dtype, tokens[t] * source.token_stride + head * source.head_stride, dim, x);
-        residual(*writing.layer, half, key, writing.positions[tokens[t]], x, difference[t]);
+        float narrow[kMaxDim];
+        residual(*writing.layer, half, key, writing.positions[tokens[t]], x, narrow);
+        for (int d = 0; d < dim; ++d) difference[t][d] = narrow[d];
     }
     for (int g = 0; g < half.group_count; ++g) {
         const Group& group = half.groups[g];
@@ -32,7 +35,7 @@ inline void write_half(const Writing& writing, const Half& half, const Tokens& s
         for (int d = 0; d < dim; ++d) {
             const Doubles row =
                 __builtin_convertvector(load<HalfFloats>(half.analysis + d * half.latents + 8 * g), Doubles);
-            for (int t = 0; t < kTokens; ++t) sums[t] += row * static_cast<double>(difference[t][d]);
+            for (int t = 0; t < kTokens; ++t) sums[t] += row * difference[t][d];
         }
         for (int t = 0; t < count; ++t) {
             double latents[8];
