@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from openai import APIConnectionError, OpenAI
+from openai import APIError, OpenAI
 from rich.console import Console
 
 from benchmarks.server import Server, running, vllm_command
@@ -98,7 +98,7 @@ def _grow(server: Server, index: int, tokens: int) -> None:
     prompt = random.Random(index).choices(range(FIRST_ORDINARY, 40000), k=tokens - HEADROOM)
     model = client.models.list().data[0].id
     # The server is stopped while it still answers.
-    with suppress(APIConnectionError):
+    with suppress(APIError):
         client.completions.create(
             model=model, prompt=prompt, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
         )
