@@ -18,14 +18,12 @@ from pathlib import Path
 from openai import APIError, OpenAI
 from rich.console import Console
 
-from benchmarks.server import Server, running, vllm_command
+from benchmarks.server import STOCK_BLOCK, Server, running, vllm_command
 from calibration.models import default_model
 from vllm_kvsplice.artifact import load_artifact
 from vllm_kvsplice.serving.plugin import WINDOWED_BLOCK_MULTIPLE
 from vllm_kvsplice.serving.window_blocks import block_sizes
 
-# vLLM's block size on CPU.
-STOCK_BLOCK = 128
 # Below this token id lie special tokens.
 FIRST_ORDINARY = 1000
 # Sequences start shorter than they must get, because early ones grow while late prompts are read.
@@ -47,8 +45,8 @@ def main() -> None:
     artifact, model = load_artifact(options.artifact), default_model()
     dense, sequences, tokens = artifact.baseline_bytes_per_token, options.sequences, options.tokens
     sizes = block_sizes(artifact.bytes_per_token, dense, options.window, WINDOWED_BLOCK_MULTIPLE, None)
-    # A step of prefill holds the window it began with and the one it ends with; block 0 is nobody's.
-    ours = sequences * -(-tokens // sizes.codes) + (sequences + 1) * sizes.window_blocks(options.window) + 1
+    # Block 0 is nobody's.
+    ours = sizes.pool_blocks(sequences, tokens, options.window) + 1
     stock = sequences * -(-tokens // STOCK_BLOCK) + 1
     section = {"kvsplice": {"artifact": str(options.artifact), "recent_window": options.window}}
     config = ("--attention-backend", "CUSTOM", "--additional-config", json.dumps(section))

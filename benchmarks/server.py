@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+# vLLM's block size on CPU, and ours without a window.
+STOCK_BLOCK = 128
 START_SECONDS = 300
 STOP_SECONDS = 30
 

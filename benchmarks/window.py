@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from benchmarks.server import STOCK_BLOCK
 from calibration.attention import Reading
 from calibration.evaluate import evaluate
 from calibration.models import default_model, load_model
@@ -29,8 +30,6 @@ WINDOWS = (0, 8, 16, 32, 64, 128)
 CONTEXT = 1024
 CONTEXTS = (1024, 4096, 16384)
 SEQUENCES = (1, 8, 64)
-# vLLM's own block size on CPU, and ours without a window.
-STOCK_BLOCK = 128
 RESULT = Path("build/bench/window.json")
 
 console = Console()
@@ -114,7 +113,7 @@ def memory_bytes(artifact: Artifact, window: int, context: int, sequences: int) 
         return sequences * -(-context // STOCK_BLOCK) * STOCK_BLOCK * artifact.bytes_per_token
     compressed, dense = artifact.bytes_per_token, artifact.baseline_bytes_per_token
     sizes = block_sizes(compressed, dense, window, WINDOWED_BLOCK_MULTIPLE, None)
-    return sequences * -(-context // sizes.codes) * sizes.block_bytes + (sequences + 1) * sizes.window_bytes(window)
+    return sizes.pool_blocks(sequences, context, window) * sizes.block_bytes
 
 
 if __name__ == "__main__":

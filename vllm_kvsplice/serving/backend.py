@@ -30,7 +30,7 @@ from vllm_kvsplice.artifact import Artifact
 from vllm_kvsplice.codec import LayerCodec
 from vllm_kvsplice.engines import Batch, Window, cpu, get_engine
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.serving.plugin import BLOCK_MULTIPLE, served_artifact, window_blocks
+from vllm_kvsplice.serving.plugin import BLOCK_MULTIPLE, chosen_block_sizes, served_artifact
 from vllm_kvsplice.serving.settings import Settings
 from vllm_kvsplice.serving.window import WindowLayer, WindowMetadata
 
@@ -285,7 +285,7 @@ def describe_window(vllm_config: VllmConfig, settings: Settings) -> str:
     """One line for the log: what the exact window costs a sequence."""
     if not settings.recent_window:
         return "nothing (window 0)"
-    sizes = window_blocks(vllm_config, settings)
+    sizes = chosen_block_sizes(vllm_config, settings)
     cost = sizes.window_bytes(settings.recent_window) / 1e6
     return (
         f"window {settings.recent_window} tokens: {cost:.1f} MB a sequence "

@@ -93,7 +93,7 @@ def prepare(vllm_config: VllmConfig) -> None:
         raise KVSpliceError(f"KVSplice cannot serve this configuration: {'; '.join(reasons)}")
     filled_in: dict[str, Any] = {"digest": artifact.digest}
     if settings.recent_window:
-        sizes = window_blocks(vllm_config, settings)
+        sizes = chosen_block_sizes(vllm_config, settings)
         filled_in["window_block"] = sizes.raw
         vllm_config.cache_config.block_size = sizes.codes
         # Otherwise the platform puts its own default in its place.
@@ -103,7 +103,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     vllm_config.additional_config = {**(given if isinstance(given, dict) else {}), NAMESPACE: section}
 
 
-def window_blocks(vllm_config: VllmConfig, settings: Settings) -> BlockSizes:
+def chosen_block_sizes(vllm_config: VllmConfig, settings: Settings) -> BlockSizes:
     """Block sizes of both caches; those of the largest rank where tensor-parallel ranks differ."""
     _, artifact = served_artifact(vllm_config)
     assert settings.recent_window

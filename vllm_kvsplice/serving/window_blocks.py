@@ -44,6 +44,10 @@ class BlockSizes:
         """The most that the exact window of one decoding sequence takes."""
         return self.window_blocks(window) * self.block_bytes
 
+    def pool_blocks(self, sequences: int, tokens: int, window: int) -> int:
+        """Blocks that sequences of `tokens` hold while one is in a step of prefill, with its windows before and after."""
+        return sequences * cdiv(tokens, self.codes) + (sequences + 1) * self.window_blocks(window)
+
     def sequence_bytes(self, tokens: int, window: int) -> float:
         """Expected bytes of a sequence; its last block of codes is half full."""
         return (tokens / self.codes + 0.5 + self.window_blocks(window)) * self.block_bytes

@@ -172,12 +172,11 @@ const std::vector<const Kernels*>& available() {
         std::vector<const Kernels*> found{&kPortable};
 #if defined(__x86_64__)
         __builtin_cpu_init();
-        auto has = [](bool supported) { return supported; };
-        const bool avx2 = has(__builtin_cpu_supports("avx2")) && has(__builtin_cpu_supports("fma")) &&
-                          has(__builtin_cpu_supports("bmi2"));
-        const bool avx512 = has(__builtin_cpu_supports("avx512f")) && has(__builtin_cpu_supports("avx512bw")) &&
-                            has(__builtin_cpu_supports("avx512vl")) && has(__builtin_cpu_supports("avx512dq")) &&
-                            has(__builtin_cpu_supports("avx512vbmi")) && has(__builtin_cpu_supports("avx512vnni"));
+        const bool avx2 =
+            __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+        const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
         if (avx2) found.insert(found.begin(), &kAvx2);
         if (avx2 && avx512) found.insert(found.begin(), &kAvx512);
 #endif
