@@ -1,0 +1,136 @@
+"""What the kernels read: a codec's tables, prepared once per layer on the pages' device, and a step's arguments in groups."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_kvsplice.codec import LayerCodec
+from vllm_kvsplice.layout import GROUP
+
+# The most tokens that a tile of attention holds.
+MAX_TILE = 64
+
+
+class Tables(NamedTuple):
+    """Of keys, then values, where a leading 2 counts the two. R2 = 2 * H * D latents.
+
+    Attributes:
+        mean, turned: float32 [2, H, D]; m(j) = mean * cos(j f) + turned * sin(j f).
+        sink: float32 [2, H, D], m(0).
+        frequencies: f, float64 [2, D], radians per position; 0 where nothing turns.
+        analysis, synthesis: float32 [2, H, D, D], as in `KindCodec`.
+        sink_scale: float32 [2, H, D].
+        thresholds: float32 [R2 / 8, 256], a group's 255 and +inf.
+        levels: float16 [R2 / 8, 256], exact: whole numbers of eight bits.
+        fields: int32 [planes, R2], ``byte << 13 | rotation << 8 | mask`` (`codes.parts`).
+        first_byte: int32 [2 * H + 1], where the codes of each head of keys, then values, begin and where all end.
+        pairs: int32 [2, D / 2], the dimensions i and k of keys that turn together, by pair_frequencies float64 [D / 2]. With
+            a = q_i m_i + q_k m_k and b = q_k m_i - q_i m_k, q . m(j) is the sum of a cos(j f) + b sin(j f) over pairs.
+        waves: float16 [MAX_TILE, 2, D / 2], cos(j f) and sin(j f) for the first positions j.
+
+    """
+
+    mean: Tensor
+    turned: Tensor
+    sink: Tensor
+    frequencies: Tensor
+    analysis: Tensor
+    synthesis: Tensor
+    sink_scale: Tensor
+    thresholds: Tensor
+    levels: Tensor
+    fields: Tensor
+    first_byte: Tensor
+    pairs: Tensor
+    pair_frequencies: Tensor
+    waves: Tensor
+
+
+class Sequences(NamedTuple):
+    """`Batch` as kernels take it: its tensors, their number, and the block table's stride."""
+
+    query_start: Tensor
+    lengths: Tensor
+    block_table: Tensor
+    count: int
+    table_stride: int
+
+
+class Exact(NamedTuple):
+    """`Window` as kernels take it: tokens, tensors, and strides of the pages and the block table."""
+
+    size: int
+    pages: Tensor
+    block_table: Tensor
+    page_stride: int
+    head_stride: int
+    token_stride: int
+    table_stride: int
+
+
+class Partial(NamedTuple):
+    """What each split leaves for the merge; with a window, its part is one split more.
+
+    Attributes:
+        sums: float32 [splits, T, H * G, D], of value latents (of values in the window's part), probabilities adding up to 1.
+        weights: float32 [splits, T, H * G], base-2 logarithm of the sum of exponentials; -inf where nothing was read.
+        sink_scores: float32 [T, H * G], of position 0 in the same logarithm; -inf where it is not read as stored.
+
+    """
+
+    sums: Tensor
+    weights: Tensor
+    sink_scores: Tensor
+
+
+def tables_of(codec: LayerCodec) -> Tables:
+    """Of `codec`, on its device."""
+
+    def both(name: str) -> Tensor:
+        return torch.stack((getattr(codec.key, name), getattr(codec.value, name))).contiguous()
+
+    mean, key_mean, dim = both("mean"), codec.key.mean, codec.head_dim
+    first, second, frequency = _pairs(codec)
+    turned, frequencies = torch.zeros_like(mean), mean.new_zeros(2, dim, dtype=torch.float64)
+    turned[0, :, first], turned[0, :, second] = -key_mean[:, second], key_mean[:, first]
+    frequencies[0, first] = frequencies[0, second] = frequency
+    angles = torch.outer(torch.arange(MAX_TILE, dtype=torch.float64, device=mean.device), frequency)
+    return Tables(
+        mean=mean,
+        turned=turned,
+        sink=both("sink"),
+        frequencies=frequencies,
+        analysis=both("analysis"),
+        synthesis=both("synthesis"),
+        sink_scale=both("sink_scale"),
+        thresholds=torch.nn.functional.pad(codec.thresholds[::GROUP], (0, 1), value=math.inf).contiguous(),
+        levels=both("levels").flatten(0, 2).half(),
+        fields=_fields(codec),
+        first_byte=_first_byte(codec).to(mean.device),
+        pairs=torch.stack((first, second)).int(),
+        pair_frequencies=frequency,
+        waves=torch.stack((angles.cos(), angles.sin()), 1).half(),
+    )
+
+
+def _pairs(codec: LayerCodec) -> tuple[Tensor, Tensor, Tensor]:
+    """The dimensions that turn together, [D / 2] each, and their frequency; what does not turn is paired at frequency 0."""
+    dims = torch.arange(codec.head_dim, device=codec.key.mean.device)
+    turning = codec.rotary.inv_freq.double() if codec.rotary else dims[:0].double()
+    rotated, rest = dims[: 2 * len(turning)], dims[2 * len(turning) :]
+    paired = rotated.view(-1, 2).T if codec.rotary and codec.rotary.interleaved else rotated.view(2, -1)
+    first, second = torch.cat((paired, rest.view(-1, 2).T), 1)
+    return first, second, torch.cat((turning, turning.new_zeros(len(rest) // 2)))
+
+
+def _fields(codec: LayerCodec) -> Tensor:
+    bits: Any = codec.bits
+    rotation = (bits.shift - bits.low) % 32
+    return (bits.byte << 13 | rotation << 8 | bits.mask << bits.low).int().contiguous()
+
+
+def _first_byte(codec: LayerCodec) -> Tensor:
+    sizes = [sum(head) for kind in (codec.layout.key, codec.layout.value) for head in kind]
+    return torch.tensor([0, *sizes]).cumsum(0).int()
