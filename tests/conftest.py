@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.engines.device  # noqa: F401  before anything imports Triton
 from benchmarks.server import Server, running
 from calibration.models import default_model
 from calibration.pipeline import CalibrationConfig, calibrate

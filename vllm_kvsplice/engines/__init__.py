@@ -1,20 +1,30 @@
-"""Engines: implementations of the contract in `contract`. `reference` is the specification, `cpu` needs a compiler."""
+"""Engines: implementations of the contract in `contract`.
+
+`reference` is the specification, `cpu` needs a compiler, `triton` a CUDA device.
+"""
 
 import torch
 
 from vllm_kvsplice.engines import reference
 from vllm_kvsplice.engines.contract import Batch, Engine, Window
 from vllm_kvsplice.engines.cpu import CpuEngine, native
+from vllm_kvsplice.engines.triton import TritonEngine
 from vllm_kvsplice.errors import KVSpliceError
 
 __all__ = ["ENGINES", "Batch", "Engine", "Window", "default_engine", "get_engine"]
 
-ENGINES: dict[str, Engine] = {"reference": reference} | ({"cpu": CpuEngine()} if native else {})
+ENGINES: dict[str, Engine] = {"reference": reference}
+if native:
+    ENGINES["cpu"] = CpuEngine()
+if torch.cuda.is_available():
+    ENGINES["triton"] = TritonEngine()
 
 
 def default_engine() -> str:
     """The fastest engine that is installed and works where vLLM keeps its cache."""
-    return "cpu" if "cpu" in ENGINES and not torch.cuda.is_available() else "reference"
+    if torch.cuda.is_available():
+        return "triton"
+    return "cpu" if "cpu" in ENGINES else "reference"
 
 
 def get_engine(name: str) -> Engine:

@@ -83,6 +83,6 @@ class Engine(Protocol):
             window: None where everything is read as stored.
 
         Returns:
-            float32 [T, H * G, D], T being the last of `batch.query_start`.
+            float32 [at least T, H * G, D], T being the last of `batch.query_start`; rows past T mean nothing.
 
         """

@@ -1,35 +1,44 @@
 """The GPU engine: Triton kernels over packed pages (docs/gpu.md).
 
-Importing this loads no Triton: an engine loads the kernels when it is made. With ``TRITON_INTERPRET=1`` set before that they
-run on the CPU, slowly; so do tests without a GPU.
+Importing this loads no Triton: the kernels are loaded when they are first used. With ``TRITON_INTERPRET=1`` set by then
+they run on the CPU, slowly; so do tests without a GPU.
 """
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vllm_kvsplice.codec import LayerCodec
 from vllm_kvsplice.engines.contract import Batch, Window
-from vllm_kvsplice.engines.triton.tables import MAX_TILE, Exact, Partial, Sequences, Tables, tables_of
+from vllm_kvsplice.engines.triton.tables import Exact, Partial, Sequences, Tables, tables_of
+from vllm_kvsplice.errors import KVSpliceError
 
-# Rows of a tile: what one matrix instruction takes, and what registers hold.
-FEWEST_ROWS, MOST_ROWS = 16, 64
 # Contexts are split until each multiprocessor has so many programs; more splits would make the merge slow.
 PROGRAMS, MOST_SPLITS = 4, 32
-TOKENS, CHUNK, WIDE = 16, 32, 64
+# Of the kernels that are plain matrix products: rows (tokens, when encoding), columns, and columns of a step of the sum.
+PRODUCT_ROWS, COLUMNS, STEP = 16, 64, 32
+
+
+class Tiling(NamedTuple):
+    """Of attention over heads of up to `dim` dimensions: the most tokens of a tile, and its warps.
+
+    The largest that spill no registers on sm_80 and sm_90 (benchmarks.gpu_variants), and so are the rows of a tile.
+    """
+
+    dim: int
+    tokens: int
+    warps: int
+
+
+TILINGS = (Tiling(64, 64, 4), Tiling(128, 64, 8), Tiling(256, 16, 8))
+FEWEST_ROWS, MOST_ROWS = 8, 16
 
 
 class TritonEngine:
     """`Engine` on GPUs. No call waits for the GPU or needs a value that only the GPU knows, so graphs can capture all."""
-
-    def __init__(self) -> None:
-        from vllm_kvsplice.engines.triton import attention, encode
-
-        self._attention: Any = attention
-        self._encode: Any = encode
 
     def write(
         self, codec: LayerCodec, key: Tensor, value: Tensor, positions: Tensor, slots: Tensor, pages: Tensor
@@ -38,12 +47,13 @@ class TritonEngine:
         tokens, heads, dim = key.shape
         tables = _prepared(codec)
         assert key.stride(2) == value.stride(2) == 1
+        assert pages.stride()[1:] == (pages.shape[2], 1)
         if tokens:
-            self._encode.encode_kernel[_tiles(tokens, TOKENS), 2 * heads](
+            _encode().encode_kernel[_tiles(tokens, PRODUCT_ROWS), 2 * heads, _tiles(dim, COLUMNS)](
                 key, value, positions, slots, pages, tables, tokens, pages.stride(0), *key.stride()[:2],
-                *value.stride()[:2], codec.layout.token_bytes, HEAD_DIM=dim, D=_padded(dim), PAGE=pages.shape[2],
-                PLANES=len(tables.fields), WIDTH=_widest(codec), TOKENS=TOKENS, CHUNK=min(CHUNK, _padded(dim)),
-                enable_fp_fusion=False,
+                *value.stride()[:2], codec.layout.token_bytes, HEAD_DIM=dim, LATENTS=min(COLUMNS, _padded(dim)),
+                PAGE=pages.shape[2], PLANES=len(tables.fields), WIDTH=_widest(codec), TOKENS=PRODUCT_ROWS,
+                STEP=min(STEP, _padded(dim)), enable_fp_fusion=False,
             )  # fmt: skip
 
     def write_window(self, key: Tensor, value: Tensor, slots: Tensor, pages: Tensor) -> None:
@@ -51,7 +61,7 @@ class TritonEngine:
         tokens, heads, dim = key.shape
         assert key.stride(2) == value.stride(2) == pages.stride(3) == 1
         if tokens:
-            self._encode.copy_kernel[tokens, heads](
+            _encode().copy_kernel[tokens, heads](
                 key, value, slots, pages, *key.stride()[:2], *value.stride()[:2], *pages.stride()[:3],
                 HEAD_DIM=dim, D=_padded(dim), PAGE=pages.shape[2], num_warps=1,
             )  # fmt: skip
@@ -59,43 +69,80 @@ class TritonEngine:
     def attend(
         self, codec: LayerCodec, query: Tensor, pages: Tensor, batch: Batch, scale: float, window: Window | None
     ) -> Tensor:
-        """See `Engine.attend`."""
-        tables, (tokens, heads, dim) = _prepared(codec), query.shape
+        """See `Engine.attend`; its rows past T hold zeros."""
         output = query.new_empty(query.shape, dtype=torch.float32)
-        if not tokens:
-            return output
-        sequences, exact = _sequences(batch), _exact(window)
-        shape = {"GROUP": heads // codec.num_kv_heads, "HEAD_DIM": dim}
-        assert query.stride(2) == 1
-        assert pages.stride()[1:] == (pages.shape[2], 1)
-        rows, words = tokens * shape["GROUP"], pages.view(torch.int32)
-        columns = {"ROWS": FEWEST_ROWS, "CHUNK": min(CHUNK, _padded(dim))}
-        dense_grid = _tiles(rows, FEWEST_ROWS), codec.num_kv_heads, _tiles(dim, WIDE)
-        absorbed = query.new_empty(query.shape, dtype=torch.float32)
-        self._attention.absorb_kernel[dense_grid](
-            query, tables.synthesis, absorbed, rows, *query.stride()[:2], **shape, **columns, LATENTS=WIDE
-        )
-
-        tile_rows = _tile_rows(rows, sequences.count)
-        tiles = rows // tile_rows + sequences.count
-        splits = _splits(tiles * codec.num_kv_heads, query.device)
-        partial = _partial(query, splits + bool(window))
-        self._attention.attend_kernel[tiles, codec.num_kv_heads, splits + bool(window)](
-            query, absorbed, words, sequences, tables, exact, partial, tokens, splits, scale, *query.stride()[:2],
-            words.stride(0), **shape, D=_padded(dim), PAIRS=_padded(dim // 2), ROWS=tile_rows, TILE=_tile_tokens(pages.shape[2], dim),
-            PAGE=pages.shape[2], PLANES=len(tables.fields), EXACT_PAGE=window.pages.shape[2] if window else 0,
-            WHOLE_CHUNK=bool(window and window.whole_chunk),
-        )  # fmt: skip
-        self._attention.finish_kernel[dense_grid](
-            partial, tables, sequences.query_start, output, rows, sequences.count, splits,
-            **shape, **columns, EXACT=bool(window), DIMS=WIDE,
-        )  # fmt: skip
+        if len(query):
+            assert query.stride(2) == 1
+            absorbed = _absorb(codec, query)
+            partial = _read(codec, query, absorbed, pages, batch, scale, window)
+            _finish(codec, partial, batch, bool(window), output)
         return output
+
+
+def _absorb(codec: LayerCodec, query: Tensor) -> Tensor:
+    """D_K^T q, float32 of `query`'s shape."""
+    grid, shape = _product(codec, query)
+    absorbed = query.new_empty(query.shape, dtype=torch.float32)
+    rows = len(query) * shape["GROUP"]
+    synthesis = _prepared(codec).synthesis
+    _attention().absorb_kernel[grid](query, synthesis, absorbed, rows, *query.stride()[:2], **shape)
+    return absorbed
+
+
+def _read(
+    codec: LayerCodec, query: Tensor, absorbed: Tensor, pages: Tensor, batch: Batch, scale: float, window: Window | None
+) -> Partial:
+    """What each split of every sequence contributes."""
+    assert pages.stride()[1:] == (pages.shape[2], 1)
+    words, tables, kv_heads = pages.view(torch.int32), _prepared(codec), codec.num_kv_heads
+    (tokens, heads, dim), number, tiling = query.shape, len(batch.seq_lens), _tiling(codec.head_dim)
+    rows = tokens * heads // kv_heads
+    tile_rows = min(max(_power(_tiles(rows, number)), FEWEST_ROWS), MOST_ROWS)
+    tiles = rows // tile_rows + number
+    splits = _splits(tiles * kv_heads, query.device)
+    partial = _partial(query, splits + bool(window))
+    _attention().attend_kernel[tiles, kv_heads, splits + bool(window)](
+        query, absorbed, words, _sequences(batch), tables, _exact(window), partial, tokens, number, splits, scale,
+        *query.stride()[:2], words.stride(0), GROUP=heads // kv_heads, HEAD_DIM=dim, D=_padded(dim),
+        PAIRS=_padded(dim // 2), ROWS=tile_rows, TILE=math.gcd(pages.shape[2], tiling.tokens), PAGE=pages.shape[2],
+        PLANES=len(tables.fields), EXACT_PAGE=window.pages.shape[2] if window else 0,
+        WHOLE_CHUNK=bool(window and window.whole_chunk), num_warps=tiling.warps,
+    )  # fmt: skip
+    return partial
+
+
+def _finish(codec: LayerCodec, partial: Partial, batch: Batch, exact: bool, output: Tensor) -> None:
+    """Merge into `output`, float32 [T, H * G, D]."""
+    grid, shape = _product(codec, output)
+    rows, number, splits = len(output) * shape["GROUP"], len(batch.seq_lens), len(partial.sums) - exact
+    arguments = partial, _prepared(codec), batch.query_start, output, rows, number, splits
+    _attention().finish_kernel[grid](*arguments, **shape, EXACT=exact)
+
+
+def _product(codec: LayerCodec, query: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Grid and constants of a kernel that is one matrix product for each row and KV head."""
+    tokens, heads, dim = query.shape
+    group = heads // codec.num_kv_heads
+    grid = _tiles(tokens * group, PRODUCT_ROWS), codec.num_kv_heads, _tiles(dim, COLUMNS)
+    constants = {"GROUP": group, "HEAD_DIM": dim, "ROWS": PRODUCT_ROWS, "STEP": min(STEP, _padded(dim))}
+    return grid, constants | {"COLUMNS": COLUMNS}
+
+
+def _encode() -> Any:
+    from vllm_kvsplice.engines.triton import encode
+
+    return encode
+
+
+def _attention() -> Any:
+    from vllm_kvsplice.engines.triton import attention
+
+    return attention
 
 
 def _sequences(batch: Batch) -> Sequences:
     table = batch.block_table
-    return Sequences(batch.query_start, batch.seq_lens, table, len(batch.seq_lens), table.stride(0))
+    return Sequences(batch.query_start, batch.seq_lens, table, table.stride(0))
 
 
 def _exact(window: Window | None) -> Exact | None:
@@ -103,7 +150,8 @@ def _exact(window: Window | None) -> Exact | None:
         return None
     pages, table = window.pages, window.block_table
     assert pages.stride(3) == table.stride(1) == 1
-    return Exact(window.size, pages, table, *pages.stride()[:3], table.stride(0))
+    page, head, token, _ = pages.stride()
+    return Exact(window.size, pages, table, page, head, token, table.stride(0))
 
 
 def _partial(query: Tensor, splits: int) -> Partial:
@@ -113,14 +161,13 @@ def _partial(query: Tensor, splits: int) -> Partial:
     return Partial(new(splits, *query.shape), new(splits, *query.shape[:2]), new(*query.shape[:2]))
 
 
-def _tile_rows(rows: int, sequences: int) -> int:
-    """So many that a sequence's share of a step fits one tile, if a tile can hold it."""
-    return min(max(_power(rows // sequences), FEWEST_ROWS), MOST_ROWS)
-
-
-def _tile_tokens(block_size: int, dim: int) -> int:
-    """Tokens of a tile: a power of two that divides a page, and fewer for large heads, whose latents fill the registers."""
-    return math.gcd(block_size, MAX_TILE if dim <= MAX_TILE * 2 else MAX_TILE // 2)
+def _tiling(dim: int) -> Tiling:
+    fitting = [tiling for tiling in TILINGS if dim <= tiling.dim]
+    if not fitting:
+        raise KVSpliceError(
+            f"the triton engine takes heads of up to {TILINGS[-1].dim} dimensions, not {dim}; use reference"
+        )
+    return fitting[0]
 
 
 def _splits(programs: int, device: torch.device) -> int:
@@ -142,8 +189,8 @@ def _power(count: int) -> int:
 
 
 def _padded(dim: int) -> int:
-    """Columns of a tile for a head's dimensions."""
-    return max(FEWEST_ROWS, _power(dim))
+    """A head's dimensions as kernels count them: matrix instructions take sixteen."""
+    return max(16, _power(dim))
 
 
 def _widest(codec: LayerCodec) -> int:

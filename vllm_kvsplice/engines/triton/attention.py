@@ -4,8 +4,8 @@ Three launches: `absorb_kernel` takes queries to the latents' space, `attend_ker
 `finish_kernel` merges the splits and takes the result back. Grids follow from the shapes of tensors alone, never from
 sequence lengths, so a CUDA graph that captured them serves any lengths.
 
-*Rows* are the queries of one KV head: row r of a sequence is query head r % G of its token r // G. *Scores* are in bits: they
-are powers of two that add up in the softmax.
+*Rows* are the queries of one KV head: row r of a sequence is query head r % G of its token r // G. *Scores* are exponents
+of two, not of e.
 """
 
 import triton
@@ -19,20 +19,20 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 FULL_TURN = tl.constexpr(6.283185307179586)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def absorb_kernel(
     query, synthesis, absorbed, rows, stride_token, stride_head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, LATENTS: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """D_K^T q, float32 [T, H * G, D]. Grid: (tiles of the step's rows, H, tiles of latents)."""
     row, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
-    latent = tl.program_id(2) * LATENTS + tl.arange(0, LATENTS)
+    latent = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     token, query_head = (row // GROUP).to(tl.int64), head * GROUP + row % GROUP
     q = query + token * stride_token + query_head * stride_head
     mask = (row < rows)[:, None] & (latent < HEAD_DIM)[None, :]
-    total = tl.zeros((ROWS, LATENTS), tl.float32)
-    for first in range(0, HEAD_DIM, CHUNK):
-        dim = first + tl.arange(0, CHUNK)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, HEAD_DIM, STEP):
+        dim = first + tl.arange(0, STEP)
         known = dim < HEAD_DIM
         x = tl.load(q[:, None] + dim[None, :], (row < rows)[:, None] & known[None, :], 0).to(tl.float32)
         basis = synthesis + (head * HEAD_DIM + dim)[:, None] * HEAD_DIM + latent[None, :]
@@ -57,7 +57,7 @@ def sequence_of(query_start, tile, count, GROUP: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def softmax_step(scores, top, total):
-    """Probabilities of `scores` [tokens, rows] times 2**HEADROOM, new maximum and sum, and the factor of what was summed."""
+    """Probabilities of `scores` [tokens, rows] times 2**HEADROOM, new maximum and sum, and the old sums' factor."""
     new_top = tl.maximum(top, tl.max(scores, 0))
     # Rows that have read nothing have no maximum.
     base = tl.where(new_top == float("-inf"), 0, new_top)
@@ -98,7 +98,20 @@ def turned(even, odd, cos, sin):
 
 
 @triton.jit
-def read_sink(query, z_query, page, tables, rows, mask, latent, key_latent, value_latent, HEADS_DIM, PAGE: tl.constexpr, PLANES: tl.constexpr):
+def read_sink(
+    query,
+    z_query,
+    page,
+    tables,
+    rows,
+    mask,
+    latent,
+    key_latent,
+    value_latent,
+    HEADS_DIM,
+    PAGE: tl.constexpr,
+    PLANES: tl.constexpr,
+):
     """Score per bit of `scale` [rows] and value latents [D] of position 0, which has units and a mean of its own.
 
     In float32: much attention falls on it.
@@ -119,7 +132,7 @@ def attend_stored(
     HEADS_DIM, HEAD_DIM: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     PAGE: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """One split's share of the stored tokens before `until` [rows]: sums of value latents, maximum and sum of the softmax."""
+    """One split of the stored tokens before `until` [rows]: sums of value latents, maximum and sum of the softmax."""
     latent = tl.arange(0, D)
     used = latent < HEAD_DIM
     mask = used[:, None] & real[None, :]
@@ -183,8 +196,8 @@ def attend_exact(
     """The exact tokens from `begin` to `last` [rows]: sums of values, maximum and sum of the softmax."""
     dim = tl.arange(0, D)
     known = dim < HEAD_DIM
-    dtype = exact.pages.dtype.element_ty
-    q = load_query(query, rows, dim, known[:, None] & real[None, :]).to(dtype)
+    # Products in tf32, where types of 16 bits are exact, for Triton's interpreter multiplies no bfloat16.
+    q = load_query(query, rows, dim, known[:, None] & real[None, :])
     top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((D, ROWS), tl.float32)
     end = tl.max(last) + 1
@@ -193,19 +206,19 @@ def attend_exact(
         block = tl.load(block_table + position // PAGE, position < end, 0).to(tl.int64)
         cell = exact.pages + block * exact.page_stride + head * exact.head_stride + position % PAGE * exact.token_stride
         mask = (position < end)[:, None] & known[None, :]
-        keys = tl.load(cell[:, None] + dim[None, :], mask, 0)
-        values = tl.load(cell[:, None] + HEAD_DIM + dim[None, :], mask, 0)
-        scores = tl.dot(keys, q, input_precision="ieee") * scale
+        keys = tl.load(cell[:, None] + dim[None, :], mask, 0).to(tl.float32)
+        values = tl.load(cell[:, None] + HEAD_DIM + dim[None, :], mask, 0).to(tl.float32)
+        scores = tl.dot(keys, q, input_precision="tf32") * scale
         visible = (position[:, None] >= begin[None, :]) & (position[:, None] <= last[None, :])
         probability, top, total, factor = softmax_step(tl.where(visible, scores, float("-inf")), top, total)
-        sums = tl.dot(tl.trans(values), probability.to(dtype), sums * factor[None, :], input_precision="ieee")
+        sums = tl.dot(tl.trans(values), probability, sums * factor[None, :], input_precision="tf32")
     return sums, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "number", "splits"])
 def attend_kernel(
     query, absorbed, pages, sequences, tables, exact, partial,
-    tokens, splits, scale, stride_token, stride_head, page_stride,
+    tokens, number, splits, scale, stride_token, stride_head, page_stride,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, PAGE: tl.constexpr, PLANES: tl.constexpr, EXACT_PAGE: tl.constexpr, WHOLE_CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -216,7 +229,7 @@ def attend_kernel(
     """
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
-    sequence = sequence_of(sequences.query_start, tile, sequences.count, GROUP, ROWS)
+    sequence = sequence_of(sequences.query_start, tile, number, GROUP, ROWS)
     start = tl.load(sequences.query_start + sequence)
     queries = tl.load(sequences.query_start + sequence + 1) - start
     first_row = (tile - start * GROUP // ROWS - sequence) * ROWS
@@ -255,22 +268,22 @@ def attend_kernel(
     tl.store(partial.sums + place[None, :] * HEAD_DIM + dim[:, None], sums, written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "number", "splits"])
 def finish_kernel(
     partial, tables, query_start, output,
-    rows, sequences, splits,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    rows, number, splits,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits and rebuild the values: output float32 [T, H * G, D], zeros past the last sequence's tokens.
 
     Grid: (tiles of the step's rows, H, tiles of dimensions).
     """
     row, head, heads = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.num_programs(1)
-    dim = tl.program_id(2) * DIMS + tl.arange(0, DIMS)
+    dim = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     token = row // GROUP
     place = token.to(tl.int64) * (heads * GROUP) + head * GROUP + row % GROUP
-    asked = token < tl.load(query_start + sequences)
+    asked = token < tl.load(query_start + number)
     step = (rows // GROUP).to(tl.int64) * (heads * GROUP)
 
     top, stored, all_parts = tl.full((ROWS,), -1e30, tl.float32), tl.zeros((ROWS,), tl.float32), splits + EXACT
@@ -285,10 +298,10 @@ def finish_kernel(
 
     values = (heads + head) * HEAD_DIM
     known = dim < HEAD_DIM
-    out = tl.zeros((ROWS, DIMS), tl.float32)
-    for first in range(0, HEAD_DIM, CHUNK):
-        latent = first + tl.arange(0, CHUNK)
-        sums = tl.zeros((ROWS, CHUNK), tl.float32)
+    out = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, HEAD_DIM, STEP):
+        latent = first + tl.arange(0, STEP)
+        sums = tl.zeros((ROWS, STEP), tl.float32)
         for split in range(splits):
             weight = tl.exp2(tl.load(partial.weights + split * step + place, asked, float("-inf")) - top)
             read = (weight > 0)[:, None] & (latent < HEAD_DIM)[None, :]

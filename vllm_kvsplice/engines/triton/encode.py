@@ -27,17 +27,17 @@ def nearest(thresholds, latents, WIDTH: tl.constexpr):
     return code
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def encode_kernel(
     key, value, positions, slots, pages, tables,
     count, page_stride, key_token, key_head, value_token, value_head, token_bytes,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, PLANES: tl.constexpr, WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, LATENTS: tl.constexpr, PAGE: tl.constexpr, PLANES: tl.constexpr, WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Write one half, that is the codes of one head's keys or values, into the pages.
+    """Write the codes of LATENTS latents of one half, that is of one head's keys or values, into the pages.
 
-    Grid: (tiles of TOKENS tokens, 2 * H halves: keys' heads, then values'). Latents are summed in float64, because they
-    must be the reference's; tensor cores of data-centre GPUs do that at half their float32 rate or better.
+    Grid: (tiles of TOKENS tokens, 2 * H halves: keys' heads, then values', parts of a half). Latents are summed in float64,
+    because they must be the reference's.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     half, heads = tl.program_id(1), tl.num_programs(1) // 2
@@ -49,12 +49,12 @@ def encode_kernel(
     if kind == 1:
         rows = value + token.to(tl.int64) * value_token + head * value_head
 
-    latent = tl.arange(0, D)
+    latent = tl.program_id(2) * LATENTS + tl.arange(0, LATENTS)
     used = latent < HEAD_DIM
-    row = half * HEAD_DIM + latent
-    latents = tl.zeros((TOKENS, D), tl.float64)
-    for first in range(0, HEAD_DIM, CHUNK):
-        dim = first + tl.arange(0, CHUNK)
+    row = half * HEAD_DIM + tl.where(used, latent, 0)
+    latents = tl.zeros((TOKENS, LATENTS), tl.float64)
+    for first in range(0, HEAD_DIM, STEP):
+        dim = first + tl.arange(0, STEP)
         known = dim < HEAD_DIM
         at = half * HEAD_DIM + dim
         mean, turned = tl.load(tables.mean + at, known), tl.load(tables.turned + at, known)
@@ -68,17 +68,18 @@ def encode_kernel(
     unit = tl.load(tables.sink_scale + row, used, 0).to(tl.float64)[None, :]
     at_sink = tl.where(unit > 0, latents / tl.where(unit > 0, unit, 1), 0)
     latents = tl.where((position == 0)[:, None], at_sink, latents)
-    group = half * (HEAD_DIM // 8) + tl.minimum(latent, HEAD_DIM - 1) // 8
-    code = nearest(tables.thresholds + group * 256, latents.to(tl.float32), WIDTH)
+    code = nearest(tables.thresholds + row // 8 * 256, latents.to(tl.float32), WIDTH)
 
-    begin, end = tl.load(tables.first_byte + half), tl.load(tables.first_byte + half + 1)
-    byte = begin + tl.arange(0, D)
-    packed = pack(tl.where(used[None, :], code, 0), tables.fields + tl.where(used, row, 0), byte, 2 * heads * HEAD_DIM, PLANES)
+    begin = tl.load(tables.group_bytes + tl.min(tl.where(used, row, 2 * heads * HEAD_DIM)) // 8)
+    end = tl.load(tables.group_bytes + tl.max(row) // 8 + 1)
+    byte = begin + tl.arange(0, LATENTS)
+    packed = pack(tl.where(used[None, :], code, 0), tables.fields + row, byte, 2 * heads * HEAD_DIM, PLANES)
     cell = pages + (slot // PAGE) * page_stride + slot % PAGE
     tl.store(cell[:, None] + byte[None, :] * PAGE, packed.to(tl.uint8), real[:, None] & (byte < end)[None, :])
     # Bytes past the codes are zero.
-    for padding in range(tl.load(tables.first_byte + 2 * heads) + half, token_bytes, 2 * heads):
-        tl.store(cell + padding * PAGE, tl.zeros((TOKENS,), tl.uint8), real)
+    if tl.program_id(2) == 0:
+        for padding in range(tl.load(tables.group_bytes + heads * HEAD_DIM // 4) + half, token_bytes, 2 * heads):
+            tl.store(cell + padding * PAGE, tl.zeros((TOKENS,), tl.uint8), real)
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def copy_kernel(
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + token)
     dim = tl.arange(0, D)
-    stored = (dim < HEAD_DIM) & (slot >= 0)
+    stored = dim < tl.where(slot >= 0, HEAD_DIM, 0)
     cell = pages + (slot // PAGE) * page_block + head * page_head + (slot % PAGE) * page_token + dim
     x = tl.load(key + token * key_token + head * key_head + dim, stored)
     tl.store(cell, x.to(pages.dtype.element_ty), stored)

@@ -1,4 +1,4 @@
-"""What the kernels read: a codec's tables, prepared once per layer on the pages' device, and a step's arguments in groups."""
+"""What the kernels read: a codec's tables, prepared once per layer on the pages' device, and a step's arguments."""
 
 import math
 from typing import Any, NamedTuple
@@ -25,8 +25,8 @@ class Tables(NamedTuple):
         thresholds: float32 [R2 / 8, 256], a group's 255 and +inf.
         levels: float16 [R2 / 8, 256], exact: whole numbers of eight bits.
         fields: int32 [planes, R2], ``byte << 13 | rotation << 8 | mask`` (`codes.parts`).
-        first_byte: int32 [2 * H + 1], where the codes of each head of keys, then values, begin and where all end.
-        pairs: int32 [2, D / 2], the dimensions i and k of keys that turn together, by pair_frequencies float64 [D / 2]. With
+        group_bytes: int32 [R2 / 8 + 1], the byte at which each group begins, and where the last ends.
+        pairs: int32 [2, D / 2], the dimensions i and k of keys that turn together; `pair_frequencies` float64 [D / 2]. With
             a = q_i m_i + q_k m_k and b = q_k m_i - q_i m_k, q . m(j) is the sum of a cos(j f) + b sin(j f) over pairs.
         waves: float16 [MAX_TILE, 2, D / 2], cos(j f) and sin(j f) for the first positions j.
 
@@ -42,19 +42,18 @@ class Tables(NamedTuple):
     thresholds: Tensor
     levels: Tensor
     fields: Tensor
-    first_byte: Tensor
+    group_bytes: Tensor
     pairs: Tensor
     pair_frequencies: Tensor
     waves: Tensor
 
 
 class Sequences(NamedTuple):
-    """`Batch` as kernels take it: its tensors, their number, and the block table's stride."""
+    """`Batch` as kernels take it: its tensors, and the block table's stride."""
 
     query_start: Tensor
     lengths: Tensor
     block_table: Tensor
-    count: int
     table_stride: int
 
 
@@ -74,7 +73,7 @@ class Partial(NamedTuple):
     """What each split leaves for the merge; with a window, its part is one split more.
 
     Attributes:
-        sums: float32 [splits, T, H * G, D], of value latents (of values in the window's part), probabilities adding up to 1.
+        sums: float32 [splits, T, H * G, D], of value latents (of values in the window's part), for weights of sum 1.
         weights: float32 [splits, T, H * G], base-2 logarithm of the sum of exponentials; -inf where nothing was read.
         sink_scores: float32 [T, H * G], of position 0 in the same logarithm; -inf where it is not read as stored.
 
@@ -108,7 +107,7 @@ def tables_of(codec: LayerCodec) -> Tables:
         thresholds=torch.nn.functional.pad(codec.thresholds[::GROUP], (0, 1), value=math.inf).contiguous(),
         levels=both("levels").flatten(0, 2).half(),
         fields=_fields(codec),
-        first_byte=_first_byte(codec).to(mean.device),
+        group_bytes=_group_bytes(codec).to(mean.device),
         pairs=torch.stack((first, second)).int(),
         pair_frequencies=frequency,
         waves=torch.stack((angles.cos(), angles.sin()), 1).half(),
@@ -131,6 +130,6 @@ def _fields(codec: LayerCodec) -> Tensor:
     return (bits.byte << 13 | rotation << 8 | bits.mask << bits.low).int().contiguous()
 
 
-def _first_byte(codec: LayerCodec) -> Tensor:
-    sizes = [sum(head) for kind in (codec.layout.key, codec.layout.value) for head in kind]
-    return torch.tensor([0, *sizes]).cumsum(0).int()
+def _group_bytes(codec: LayerCodec) -> Tensor:
+    widths = [width for kind in (codec.layout.key, codec.layout.value) for head in kind for width in head]
+    return torch.tensor([0, *widths]).cumsum(0).int()

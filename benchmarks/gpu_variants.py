@@ -1,0 +1,233 @@
+"""Compile the GPU engine's kernels as it would launch them, on any machine, and count what came out.
+
+    python -m benchmarks.gpu_variants [--corners] [--json]
+
+One row for each variant and target: registers, spilled bytes and shared memory as ptxas reports them, and for attention the
+instructions that a lane issues in the loop over stored tokens, for each latent of a token. Needs no GPU.
+"""
+
+import argparse
+import io
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
+
+from tests.cases import make_codec
+from vllm_kvsplice.engines import Batch, Window
+from vllm_kvsplice.engines.triton import TritonEngine, attention, encode
+
+TARGETS = {"sm_80": 80, "sm_90": 90}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+KERNELS = {
+    **dict.fromkeys(("encode_kernel", "copy_kernel"), encode),
+    **dict.fromkeys(("absorb_kernel", "attend_kernel", "finish_kernel"), attention),
+}
+# Widths whose codes have one, two and three planes.
+PLANES = {1: (2, 4), 2: (2, 3, 4, 5), 3: (2, 3, 7)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A step that makes the engine launch certain variants: `queries` tokens of each sequence."""
+
+    dim: int
+    group: int
+    queries: int = 1
+    planes: int = 2
+    block: int = 64
+    window: int = 32
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        window = f"window of {str(self.dtype)[6:]}" if self.window else "no window"
+        return (
+            f"{self.group} x {self.dim}, {self.queries} queries, {self.planes} planes, blocks of {self.block}, {window}"
+        )
+
+
+CORNERS = [Variant(128, 4, queries=9, planes=3), Variant(256, 16, planes=3, dtype=torch.float32)]
+ALL = [
+    Variant(dim, group, queries, planes)
+    for dim in (64, 128, 256)
+    for planes in PLANES
+    for group, queries in ((4, 1), (16, 1), (8, 9))
+] + [
+    *(Variant(dim, 4, 9, block=block) for dim in (32, 64, 80, 96, 128) for block in (16, 32)),
+    *(Variant(dim, 4, queries, window=0) for dim in (64, 128, 256) for queries in (1, 9)),
+    *(Variant(dim, 16, 9, planes=3, dtype=dtype) for dim in (64, 128, 256) for dtype in (torch.float16, torch.float32)),
+]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the arguments of one launch."""
+
+    name: str
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in self.constants.items() if name not in self.kernel.arg_names}
+
+    def source(self) -> ASTSource:
+        """What Triton would compile for this launch."""
+        names, values = self.kernel.arg_names, [*self.arguments]
+        values += [self.constants[name] for name in names[len(values) :]]
+        given = len(self.arguments)
+        types = [kind(value) if i < given else "constexpr" for i, value in enumerate(values)]
+        constants = {(i,): values[i] for i, name in enumerate(types) if name == "constexpr"}
+        free = {i for i, parameter in enumerate(self.kernel.params) if parameter.do_not_specialize}
+        aligned = {
+            path: [["tt.divisibility", 16]]
+            for i in range(given)
+            if i not in free
+            for path in divisible(values[i], (i,))
+        }
+        return ASTSource(self.kernel, dict(zip(names, types, strict=True)), constants, aligned)
+
+
+def kind(value: Any) -> Any:
+    """Triton's name of a launched value's type."""
+    if isinstance(value, tuple):
+        return type(value)(*map(kind, value))
+    return "constexpr" if value is None else mangle_type(value)
+
+
+def divisible(value: Any, path: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Where in an argument there are pointers and integers that sixteen divides."""
+    if isinstance(value, tuple):
+        for i, part in enumerate(value):
+            yield from divisible(part, (*path, i))
+    elif isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+        yield path
+
+
+class Recorder:
+    """Stands in for a kernel and keeps its launches."""
+
+    def __init__(self, name: str, kernel: Any, launches: list[Launch]) -> None:
+        self._name, self._kernel, self._launches = name, kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **constants: self._launches.append(
+            Launch(self._name.removesuffix("_kernel"), self._kernel, arguments, constants)
+        )
+
+
+def launches(variant: Variant) -> list[Launch]:
+    """What the engine launches for two sequences of a model with two KV heads."""
+    found: list[Launch] = []
+    patches = [patch.object(m, n, Recorder(n, getattr(m, n), found)) for n, m in KERNELS.items()]
+    for each in patches:
+        each.start()
+    try:
+        step(variant)
+    finally:
+        for each in patches:
+            each.stop()
+    return found
+
+
+def step(variant: Variant) -> None:
+    heads, tokens, engine = 2, 2 * variant.queries, TritonEngine()
+    codec = make_codec(heads, variant.dim, PLANES[variant.planes])
+    query = torch.zeros(tokens, heads * variant.group, variant.dim, dtype=variant.dtype)
+    key = torch.zeros(tokens, heads, variant.dim, dtype=variant.dtype)
+    slots, pages = torch.arange(tokens), torch.zeros(4, codec.layout.token_bytes, variant.block, dtype=torch.uint8)
+    raw = torch.zeros(4, heads, 16, 2 * variant.dim, dtype=variant.dtype)
+    table = torch.zeros(2, 16, dtype=torch.int32)
+    batch = Batch(torch.arange(3, dtype=torch.int32) * variant.queries, torch.full((2,), 64, dtype=torch.int32), table)
+    engine.write(codec, key, key, slots, slots, pages)
+    engine.write_window(key, key, slots, raw)
+    engine.attend(codec, query, pages, batch, 0.1, Window(variant.window, raw, table) if variant.window else None)
+
+
+def compiled(launch: Launch, target: str) -> dict[str, Any]:
+    """A row of figures."""
+    log = io.StringIO()
+    knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+    with redirect_stdout(log):
+        made = triton.compile(launch.source(), target=GPUTarget("cuda", TARGETS[target], 32), options=launch.options)
+    said = log.getvalue()
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    registers = int(re.findall(r"Used (\d+) registers", said)[0])
+    row = {"kernel": launch.name, "target": target, "registers": registers, "spilled_bytes": spilled}
+    row |= {"shared_bytes": made.metadata.shared, "warps": made.metadata.num_warps}
+    if launch.name == "attend":
+        rows, tile, dim = (launch.constants[name] for name in ("ROWS", "TILE", "D"))
+        each = 2 * dim * tile / (32 * made.metadata.num_warps)
+        counts = {name: round(count / each, 2) for name, count in loop(disassembled(made.asm["cubin"])).items()}
+        row |= {"rows": rows, "tile": tile, "per_latent": counts}
+    return row
+
+
+def disassembled(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def loop(code: str) -> Counter[str]:
+    """Instructions by name, and `all`, of the first loop that multiplies matrices: the one over stored tokens."""
+    labels: dict[str, int] = {}
+    names: list[str] = []
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(names)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)", line):
+            names.append(instruction[1])
+            target = re.search(r"`\((\.L_x_\d+)\)", line)
+            body = names[labels.get(target[1] if target else "", len(names)) :]
+            if any(name in ("HMMA", "HGMMA") for name in body):
+                return Counter({"all": len(body), **Counter(body)})
+    raise ValueError("no loop multiplies matrices")
+
+
+def rows(variants: list[Variant]) -> Iterator[dict[str, Any]]:
+    """Each different kernel once."""
+    seen = set()
+    for variant in variants:
+        for launch in launches(variant):
+            source = launch.source()
+            key = (launch.name, source.hash(), str(launch.options))
+            if key not in seen:
+                seen.add(key)
+                yield from ({"variant": str(variant), **compiled(launch, target)} for target in TARGETS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corners", action="store_true", help="only two of the variants that need most registers")
+    parser.add_argument("--json", action="store_true", help="one list instead of a line for each row")
+    options = parser.parse_args()
+    found = []
+    for row in rows(CORNERS if options.corners else ALL):
+        found.append(row)
+        if not options.json:
+            print(row, flush=True)
+    if options.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The GPU engine where there is no GPU: its kernels in Triton's interpreter, on a small part of `test_engines`' grid.
+
+With a GPU, that file runs all of its grid on it, and this one what a graph needs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.cases import CANARY, GOLDEN, Case, expect_close, make_step, make_tokens, random_case, threads
+from tests.engines import test_engines as grid
+from tests.engines.device import DEVICE, OnDevice
+from vllm_kvsplice.engines import reference
+from vllm_kvsplice.engines.triton import TritonEngine, attention
+
+SMALL = Case(((1, 21), (3, 17), (1, 1)), group=2)
+SMALL_WINDOW = replace(SMALL, window=6)
+CASES = [
+    Case(((1, 1),)),
+    Case(((1, 40), (19, 19), (1, 17))),
+    Case(((2, 33), (1, 1)), heads=1, group=16, dim=256, block=256, window=5),
+    Case(((1, 150), (9, 70)), heads=1, group=9, dim=128, block=48, window=17, window_block=5),
+    Case(((1, 130), (1, 64), (1, 65)), heads=3, group=1, dim=64, block=64, rotary="interleaved", sinks="coded"),
+    Case(((5, 33),), dim=64, rotary="partial", sinks="replaced"),
+    Case(((5, 33),), dim=96, rotary="partial-interleaved", block=32, window=1000),
+    Case(((3, 18),), dim=8, rotary="none", group=5),
+    Case(((1, 40), (20, 30)), window=3, whole_chunk=True),
+    Case(((33, 40),), heads=1, group=1, widths=(7,), dim=32),
+    Case(((1, 300),), heads=1, group=4, widths=(2, 3, 3, 3, 4, 4, 4, 5), dim=64, block=96, window=32, window_block=16),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threads(1):
+        yield
+
+
+@pytest.fixture
+def engine() -> OnDevice:
+    return OnDevice()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_equals_dense_attention_over_what_the_codec_restores(engine, case):
+    grid.check_attention(engine, case)
+
+
+@pytest.mark.parametrize("width", GOLDEN)
+def test_stored_bytes_are_the_hand_worked_ones(engine, width):
+    grid.test_stored_bytes_are_the_hand_worked_ones(engine, width)
+
+
+def test_random_writes_change_their_slots_and_nothing_else(engine):
+    for seed in range(20):
+        grid.check_store(engine, random_case(seed))
+    grid.check_window_store(engine, SMALL_WINDOW)
+
+
+def test_codes_are_the_references(engine):
+    """Sums in float64 leave ties to chance only where they differ in the last of 53 bits: never seen."""
+    codec = Case(dim=64, heads=2).codec()
+    key, value, positions = make_tokens(codec, 600)
+    pages = torch.full((2, 1, codec.layout.token_bytes, 608), CANARY, dtype=torch.uint8)
+    for kernels, page in zip((engine, reference), pages, strict=True):
+        # Positions of long contexts, where angles are large.
+        kernels.write(codec, key.bfloat16(), value.bfloat16(), 211 * positions, positions, page)
+    assert int((pages[0] != pages[1]).sum()) == 0
+
+
+@pytest.mark.parametrize("case", [SMALL, SMALL_WINDOW], ids=str)
+def test_nothing_but_its_own_tokens_has_influence(engine, case):
+    grid.check_poison(engine, case)
+    grid.check_batching(engine, case)
+
+
+def test_pages_may_lie_apart_and_far_away(engine):
+    grid.check_strided(engine, SMALL)
+    grid.test_pages_past_2_and_4_gib_behave_like_near_ones(engine, grid.GIB)
+
+
+def test_slices_of_a_fused_projection_are_read_where_they_lie(engine):
+    grid.test_slices_of_a_fused_projection_are_read_where_they_lie(engine)
+
+
+def test_rows_past_the_last_query_come_back_as_zeros(engine):
+    step = make_step(SMALL).store(engine)
+    padded = torch.cat((step.query, torch.full_like(step.query[:3], torch.nan)))
+    output = engine.attend(step.codec, padded, step.pages, step.batch, step.scale, None)
+    expect_close(output[:-3], step.attend(engine), engine.order_limit, "padding changes nothing")
+    assert not output[-3:].any()
+
+
+FAULTS = [
+    "padding written",
+    "position off by one",
+    "codebook of the next group",
+    "scale wrong",
+    "window one token too wide",
+    "window's padding written",
+]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_bug_is_caught(engine, name):
+    grid.test_planted_bug_is_caught(engine, *grid.PLANTED[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_windows_of_all_dtypes_are_read_and_written(engine, dtype):
+    step = make_step(SMALL_WINDOW)
+    step = replace(grid.with_tensors(step, lambda x: x.to(dtype)), window_pages=step.window_pages.to(dtype))
+    expected = step.store(reference).attend(reference)
+    # Probabilities of exact tokens are rounded to the window's type.
+    limit = max(engine.oracle_limit, torch.finfo(dtype).eps)
+    expect_close(step.store(engine).attend(engine), expected, limit, f"a window of {dtype} is read")
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a tensor's value is asked for, which on a GPU waits for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket._qualified_op_name not in ("aten::_local_scalar_dense", "aten::nonzero"), func
+        return func(*args, **kwargs or {})
+
+
+def test_a_step_reads_no_value_on_the_host_and_launches_the_same_whatever_the_lengths(monkeypatch):
+    launches = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, launch_grid):
+            return lambda *arguments, **constants: launches.append((self.name, launch_grid, constants))
+
+    for name in ("absorb_kernel", "attend_kernel", "finish_kernel"):
+        monkeypatch.setattr(attention, name, Recorder(name))
+    for lengths in ((1, 9, 300), (250, 1, 1)):
+        step = make_step(Case(tuple((1, n) for n in lengths), window=8))
+        window, batch = step.window, step.batch
+        TritonEngine().attend(step.codec, step.query, step.pages, batch, step.scale, window)
+        with NoHostReads():
+            TritonEngine().attend(step.codec, step.query, step.pages, batch, step.scale, window)
+    assert launches[:3] == launches[3:6] == launches[6:9] == launches[9:]
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+@pytest.mark.gpu
+def test_a_captured_graph_serves_other_lengths():
+    short, long = (make_step(Case(((1, n), (1, n + 3)), block=64, dim=64, window=8)) for n in (5, 500))
+    engine, there = TritonEngine(), []
+    for step in (short, long):
+        step.store(reference)
+        tensors = [step.query, step.pages, *vars(step.batch).values(), step.window.pages, step.window.block_table]
+        there.append([tensor.to(DEVICE) for tensor in tensors])
+    buffers = [torch.zeros_like(b).resize_(b.shape) for b in there[1]]
+    codec = long.codec.to(DEVICE)
+
+    def run() -> torch.Tensor:
+        query, pages, *batch, window_pages, table = buffers
+        window = replace(long.window, pages=window_pages, block_table=table)
+        return engine.attend(codec, query, pages, grid.Batch(*batch), long.scale, window)
+
+    def fill(tensors: list[torch.Tensor]) -> None:
+        for buffer, tensor in zip(buffers, tensors, strict=True):
+            buffer[tuple(map(slice, tensor.shape))] = tensor
+
+    fill(there[0])
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    for step, tensors in ((short, there[0]), (long, there[1])):
+        fill(tensors)
+        graph.replay()
+        expect_close(output.cpu(), step.attend(reference), OnDevice.oracle_limit, "a replayed graph answers")
+
+
+def test_no_kernel_spills_registers_on_sm_80_and_sm_90():
+    """In a process of its own: here kernels are interpreted."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_variants", "--corners", "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90"}
+    assert {row["kernel"] for row in rows} == {"encode", "copy", "absorb", "attend", "finish"}
+    for row in rows:
+        print(row)
+        assert row["spilled_bytes"] == 0, row
+        assert row["shared_bytes"] <= 99 << 10, row
