@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_kvsplice.artifact import Artifact, LayerPlan, Manifest, ModelShape, Provenance, RotaryShape
 from vllm_kvsplice.codec import LEVELS, LOWEST_LEVEL, KindCodec, LayerCodec
@@ -422,6 +423,14 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a tensor's value is asked for: a GPU is waited for then, and no graph can be captured."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket._qualified_op_name not in ("aten::_local_scalar_dense", "aten::nonzero"), func
+        return func(*args, **kwargs or {})
 
 
 def expect(condition: object, promise: str) -> None:

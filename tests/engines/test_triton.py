@@ -11,9 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.cases import CANARY, GOLDEN, Case, expect_close, make_step, make_tokens, random_case, threads
+from tests.cases import CANARY, GOLDEN, Case, NoHostReads, expect_close, make_step, make_tokens, random_case, threads
 from tests.engines import test_engines as grid
 from tests.engines.device import DEVICE, OnDevice
 from vllm_kvsplice.engines import reference
@@ -120,14 +119,6 @@ def test_windows_of_all_dtypes_are_read_and_written(engine, dtype):
     # Probabilities of exact tokens are rounded to the window's type.
     limit = max(engine.oracle_limit, torch.finfo(dtype).eps)
     expect_close(step.store(engine).attend(engine), expected, limit, f"a window of {dtype} is read")
-
-
-class NoHostReads(TorchDispatchMode):
-    """Fails where a tensor's value is asked for, which on a GPU waits for it."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket._qualified_op_name not in ("aten::_local_scalar_dense", "aten::nonzero"), func
-        return func(*args, **kwargs or {})
 
 
 def test_a_step_reads_no_value_on_the_host_and_launches_the_same_whatever_the_lengths(monkeypatch):

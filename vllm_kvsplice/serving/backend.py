@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -29,7 +30,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from vllm_kvsplice.artifact import Artifact
 from vllm_kvsplice.codec import LayerCodec
 from vllm_kvsplice.engines import Batch, Window, cpu, get_engine
+from vllm_kvsplice.engines.triton import WORKSPACE
 from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.serving.graphs import StepBuffer, graph_support
 from vllm_kvsplice.serving.plugin import BLOCK_MULTIPLE, chosen_block_sizes, served_artifact
 from vllm_kvsplice.serving.settings import Settings
 from vllm_kvsplice.serving.window import WindowLayer, WindowMetadata
@@ -93,18 +96,19 @@ def _subclass_for(layer_name: str, token_bytes: int) -> type[KVSpliceBackend]:
 
 @dataclass(frozen=True)
 class KVSpliceMetadata(AttentionMetadata):
-    """One step's batch, and the position of each of its T tokens, int64 [T]."""
+    """One step's batch, and the position of each of its T tokens, int64 [T]; padding's mean nothing."""
 
     positions: Tensor
     batch: Batch
 
-    @classmethod
-    def of(cls, common: CommonAttentionMetadata) -> "KVSpliceMetadata":
-        start, lengths = common.query_start_loc, common.seq_lens
-        # A token's position is its place in the step plus its sequence's distance from there.
-        shift = (lengths - start[1:]).long().repeat_interleave(start.diff())
-        positions = torch.arange(len(shift), device=start.device) + shift
-        return cls(positions, Batch(start, lengths, common.block_table_tensor))
+
+def positions_of(common: CommonAttentionMetadata) -> Tensor:
+    """Each token's place in its sequence, int64 [T], found without reading anything on the host."""
+    start, lengths = common.query_start_loc, common.seq_lens
+    place = torch.arange(common.num_actual_tokens, dtype=start.dtype, device=start.device)
+    sequence = torch.searchsorted(start[1:], place, right=True).clamp(max=len(lengths) - 1)
+    # A token's position is its place in the step plus its sequence's distance from there.
+    return (place + (lengths - start[1:])[sequence]).long()
 
 
 class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
@@ -116,14 +120,20 @@ class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._positions = StepBuffer(vllm_config, device)
         _announce(vllm_config)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        return graph_support(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> KVSpliceMetadata:
-        shared = KVSpliceMetadataBuilder
-        if shared._latest is None or shared._latest[0] is not common_attn_metadata:
-            shared._latest = (common_attn_metadata, KVSpliceMetadata.of(common_attn_metadata))
+        shared, common = KVSpliceMetadataBuilder, common_attn_metadata
+        if shared._latest is None or shared._latest[0] is not common:
+            batch = Batch(common.query_start_loc, common.seq_lens, common.block_table_tensor)
+            shared._latest = (common, KVSpliceMetadata(self._positions.hold(positions_of(common)), batch))
         return shared._latest[1]
 
 
@@ -221,6 +231,9 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fused quantisation of the attention output is not supported by KVSplice")
         if attn_metadata is None:
+            if query.is_cuda:
+                # By such steps vLLM measures how much memory a step takes: take what attention would.
+                query.new_empty(WORKSPACE, *query.shape, dtype=torch.float32)
             return output.zero_()
         count = len(attn_metadata.positions)
         output[:count] = self._engine.attend(

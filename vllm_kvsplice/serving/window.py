@@ -14,6 +14,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -22,6 +23,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.serving.graphs import StepBuffer, graph_support
 from vllm_kvsplice.serving.window_blocks import WindowSpec
 
 
@@ -120,6 +122,11 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._slots = StepBuffer(vllm_config, device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        return graph_support(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -127,7 +134,7 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
         common, spec = common_attn_metadata, self.kv_cache_spec
         assert isinstance(spec, WindowSpec)
         # Block 0 is nobody's: the manager names it where a token has no place.
-        slots = common.slot_mapping.masked_fill(common.slot_mapping < spec.block_size, -1)
+        slots = self._slots.hold(common.slot_mapping.masked_fill(common.slot_mapping < spec.block_size, -1))
         scratch = Scratch.of(common, spec) if common.max_query_len > 1 else None
         return WindowMetadata(slots, common.block_table_tensor, scratch)
 

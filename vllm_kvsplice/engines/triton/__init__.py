@@ -20,6 +20,8 @@ from vllm_kvsplice.errors import KVSpliceError
 PROGRAMS, MOST_SPLITS = 4, 32
 # Of the kernels that are plain matrix products: rows (tokens, when encoding), columns, and columns of a step of the sum.
 PRODUCT_ROWS, COLUMNS, STEP = 16, 64, 32
+# Float32 numbers that a large step takes for each number of its queries: absorbed, one split, the window's part, output.
+WORKSPACE = 4
 
 
 class Tiling(NamedTuple):
