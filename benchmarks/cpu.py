@@ -20,7 +20,7 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from tests.cases import make_codec
+from tests.codecs import make_codec
 from vllm_kvsplice.engines import Batch, Window, get_engine
 
 OUT = Path("build/bench/cpu.json")

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from tests.cases import make_codec
+from tests.codecs import make_codec
 from vllm_kvsplice.engines import Batch, Window
 from vllm_kvsplice.engines.triton import TritonEngine, attention, encode
 

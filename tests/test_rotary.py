@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.cases import ROTARIES, make_rotary
+from tests.codecs import ROTARIES, make_rotary
 from vllm_kvsplice.rotary import Rotary
 
 DIM = 48

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import gpu
 from tests.cases import CANARY, GOLDEN, Case, NoHostReads, expect_close, make_step, make_tokens, random_case, threads
 from tests.engines import test_engines as grid
 from tests.engines.device import DEVICE, OnDevice
@@ -172,6 +173,14 @@ def test_a_captured_graph_serves_other_lengths():
         fill(tensors)
         graph.replay()
         expect_close(output.cpu(), step.attend(reference), OnDevice.oracle_limit, "a replayed graph answers")
+
+
+def test_the_gpu_benchmark_checks_what_it_measures(monkeypatch):
+    monkeypatch.setitem(gpu.SHAPES, "32/8x128", (4, 1, 128))
+    gpu.check(DEVICE, context=128)
+    monkeypatch.setattr(reference, "attend", lambda codec, query, *_: torch.ones_like(query, dtype=torch.float32))
+    with pytest.raises(SystemExit, match="wrong on this GPU"):
+        gpu.check(DEVICE, context=128)
 
 
 def test_no_kernel_spills_registers_on_sm_80_and_sm_90():

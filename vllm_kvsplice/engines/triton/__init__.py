@@ -55,7 +55,7 @@ class TritonEngine:
                 key, value, positions, slots, pages, tables, tokens, pages.stride(0), *key.stride()[:2],
                 *value.stride()[:2], codec.layout.token_bytes, HEAD_DIM=dim, LATENTS=min(COLUMNS, _padded(dim)),
                 PAGE=pages.shape[2], PLANES=len(tables.fields), WIDTH=_widest(codec), TOKENS=PRODUCT_ROWS,
-                STEP=min(STEP, _padded(dim)), enable_fp_fusion=False,
+                STEP=min(STEP, _padded(dim)), enable_fp_fusion=False, num_warps=8,
             )  # fmt: skip
 
     def write_window(self, key: Tensor, value: Tensor, slots: Tensor, pages: Tensor) -> None:
