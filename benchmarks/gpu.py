@@ -245,18 +245,20 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here; run this on a machine with one")
     check(torch.device("cuda"))
-    new = not RESULTS.exists()
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a", newline="") as file:
-        writer: csv.DictWriter[str] | None = None
-        for row in measure(options.quick, options.minutes * 60):
-            if writer is None:
-                writer = csv.DictWriter(file, list(row))
-                if new:
-                    writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            print(*(f"{name}={value}" for name, value in row.items() if name not in ("gpu", "commit")), flush=True)
+    for row in measure(options.quick, options.minutes * 60):
+        append(RESULTS, row)
+        print(*(f"{name}={value}" for name, value in row.items() if name not in ("gpu", "commit")), flush=True)
+
+
+def append(file: Path, row: dict[str, object]) -> None:
+    """Add a row to a CSV file, with a header where there is none."""
+    new = not file.exists()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", newline="") as out:
+        writer = csv.DictWriter(out, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -84,9 +84,9 @@ def _compare(servers: dict[str, Server], case: Case, rounds: int) -> list[dict[s
     # The first round warms both up.
     for number in range(rounds + 1):
         for name, server in servers.items():
-            streams = _ask(server, case, number)
+            streams = ask(server, case, number)
             if number:
-                speed[name].append(_decode_speed(streams))
+                speed[name].append(decode_speed(streams))
                 first[name].append(statistics.mean(arrivals[0] for arrivals in streams))
                 console.print(f"{case.name}, {name}: {speed[name][-1]:.1f} tokens/s, {first[name][-1]:.3f} s")
     decode = {name: statistics.median(values) for name, values in speed.items()}
@@ -101,7 +101,8 @@ def _row(case: Case, bench: str, figures: dict[str, float], ratio: float, unit: 
     return {"bench": bench, "case": case.name, **figures, "ratio": ratio, "unit": unit}
 
 
-def _ask(server: Server, case: Case, number: int) -> list[Arrivals]:
+def ask(server: Server, case: Case, number: int) -> list[Arrivals]:
+    """When each token of the case's answers came; `number` makes the prompts new ones."""
     streams: list[Arrivals] = [[] for _ in range(case.requests)]
     chance = random.Random(f"{case.name} {number}")
     prompts = [chance.choices(ORDINARY, k=case.prompt) for _ in streams]
@@ -136,7 +137,7 @@ def _read(server: Server, prompt: list[int], answer: int, arrivals: Arrivals) ->
         arrivals += [time.monotonic() - begin] * (told - len(arrivals))
 
 
-def _decode_speed(streams: list[Arrivals]) -> float:
+def decode_speed(streams: list[Arrivals]) -> float:
     """Tokens per second from when the last answer began until the first one ended."""
     begin = max(arrivals[0] for arrivals in streams)
     end = min(arrivals[-1] for arrivals in streams)
