@@ -190,28 +190,31 @@ def attend_stored(
 
 @triton.jit
 def attend_exact(
-    query, exact, block_table, rows, real, begin, last, head, scale,
+    query, exact, sequence, rows, real, begin, last, head, scale,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """The exact tokens from `begin` to `last` [rows]: sums of values, maximum and sum of the softmax."""
-    dim = tl.arange(0, D)
-    known = dim < HEAD_DIM
-    # Products in tf32, where types of 16 bits are exact, for Triton's interpreter multiplies no bfloat16.
-    q = load_query(query, rows, dim, known[:, None] & real[None, :])
+    """The exact tokens from `begin` to `last` [rows]: sums of values, maximum and sum of the softmax. None if PAGE is 0."""
     top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((D, ROWS), tl.float32)
-    end = tl.max(last) + 1
-    for first in range(tl.min(tl.where(real, begin, end)), end, TILE):
-        position = first + tl.arange(0, TILE)
-        block = tl.load(block_table + position // PAGE, position < end, 0).to(tl.int64)
-        cell = exact.pages + block * exact.page_stride + head * exact.head_stride + position % PAGE * exact.token_stride
-        mask = (position < end)[:, None] & known[None, :]
-        keys = tl.load(cell[:, None] + dim[None, :], mask, 0).to(tl.float32)
-        values = tl.load(cell[:, None] + HEAD_DIM + dim[None, :], mask, 0).to(tl.float32)
-        scores = tl.dot(keys, q, input_precision="tf32") * scale
-        visible = (position[:, None] >= begin[None, :]) & (position[:, None] <= last[None, :])
-        probability, top, total, factor = softmax_step(tl.where(visible, scores, float("-inf")), top, total)
-        sums = tl.dot(tl.trans(values), probability, sums * factor[None, :], input_precision="tf32")
+    if PAGE > 0:
+        dim = tl.arange(0, D)
+        known = dim < HEAD_DIM
+        block_table = exact.block_table + sequence.to(tl.int64) * exact.table_stride
+        heads = exact.pages + head * exact.head_stride
+        q = load_query(query, rows, dim, known[:, None] & real[None, :])
+        end = tl.max(last) + 1
+        for first in range(tl.min(tl.where(real, begin, end)), end, TILE):
+            position = first + tl.arange(0, TILE)
+            block = tl.load(block_table + position // PAGE, position < end, 0).to(tl.int64)
+            cell = heads + block * exact.page_stride + position % PAGE * exact.token_stride
+            mask = (position < end)[:, None] & known[None, :]
+            # Products in tf32, where types of 16 bits are exact, for Triton's interpreter multiplies no bfloat16.
+            keys = tl.load(cell[:, None] + dim[None, :], mask, 0).to(tl.float32)
+            values = tl.load(cell[:, None] + HEAD_DIM + dim[None, :], mask, 0).to(tl.float32)
+            scores = tl.dot(keys, q, input_precision="tf32") * scale
+            visible = (position[:, None] >= begin[None, :]) & (position[:, None] <= last[None, :])
+            probability, top, total, factor = softmax_step(tl.where(visible, scores, float("-inf")), top, total)
+            sums = tl.dot(tl.trans(values), probability, sums * factor[None, :], input_precision="tf32")
     return sums, top, total
 
 
@@ -256,8 +259,7 @@ def attend_kernel(
         )  # fmt: skip
     else:
         sums, top, total = attend_exact(
-            query, exact, exact.block_table + sequence.to(tl.int64) * exact.table_stride,
-            rows, real, until, last, head, score_scale, HEAD_DIM, D, ROWS, TILE, EXACT_PAGE,
+            query, exact, sequence, rows, real, until, last, head, score_scale, HEAD_DIM, D, ROWS, TILE, EXACT_PAGE
         )  # fmt: skip
     weight = tl.where(total > 0, top + tl.log2(total) - HEADROOM, float("-inf"))
     place += split.to(tl.int64) * tokens * (heads * GROUP)
