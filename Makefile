@@ -6,7 +6,7 @@ VARIANT ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 STAMP := $(VENV)/.installed-$(VARIANT)
 PORT ?= 8000
 
-.PHONY: demo serve test quick lint lock bench-cpu bench-server clean
+.PHONY: demo serve test quick lint lock bench-cpu bench-gpu bench-server clean
 
 demo: $(STAMP)
 	$(BIN)/python -m benchmarks.demo
@@ -35,6 +35,10 @@ lint: $(STAMP)
 # The CPU engine beside stock vLLM's attention, about five minutes.
 bench-cpu: $(STAMP)
 	$(BIN)/python -m benchmarks.cpu
+
+# The GPU engine beside dense attention; needs a CUDA device. At most about ten minutes.
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu
 
 lock: $(STAMP)
 	$(BIN)/python requirements/lock.py

@@ -178,7 +178,7 @@ def _splits(programs: int, device: torch.device) -> int:
 
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _tiles(count: int, size: int) -> int:
