@@ -118,7 +118,7 @@ def _finish(codec: LayerCodec, partial: Partial, batch: Batch, exact: bool, outp
     grid, shape = _product(codec, output)
     rows, number, splits = len(output) * shape["GROUP"], len(batch.seq_lens), len(partial.sums) - exact
     arguments = partial, _prepared(codec), batch.query_start, output, rows, number, splits
-    _attention().finish_kernel[grid](*arguments, **shape, EXACT=exact)
+    _attention().finish_kernel[grid](*arguments, **shape, EXACT=exact, num_warps=8)
 
 
 def _product(codec: LayerCodec, query: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
