@@ -1,6 +1,6 @@
 """Engines: implementations of the contract in `contract`.
 
-`reference` is the specification, `cpu` needs a compiler, `triton` a CUDA device.
+`reference` is the specification, `cpu` needs a compiler, `triton` an NVIDIA GPU.
 """
 
 import torch
@@ -13,18 +13,19 @@ from vllm_kvsplice.errors import KVSpliceError
 
 __all__ = ["ENGINES", "Batch", "Engine", "Window", "default_engine", "get_engine"]
 
+NVIDIA = torch.cuda.is_available() and torch.version.hip is None
 ENGINES: dict[str, Engine] = {"reference": reference}
 if native:
     ENGINES["cpu"] = CpuEngine()
-if torch.cuda.is_available():
+if NVIDIA:
     ENGINES["triton"] = TritonEngine()
 
 
 def default_engine() -> str:
     """The fastest engine that is installed and works where vLLM keeps its cache."""
-    if torch.cuda.is_available():
+    if NVIDIA:
         return "triton"
-    return "cpu" if "cpu" in ENGINES else "reference"
+    return "cpu" if "cpu" in ENGINES and not torch.cuda.is_available() else "reference"
 
 
 def get_engine(name: str) -> Engine:

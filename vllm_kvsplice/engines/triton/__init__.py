@@ -96,6 +96,7 @@ def _read(
 ) -> Partial:
     """What each split of every sequence contributes."""
     assert pages.stride()[1:] == (pages.shape[2], 1)
+    assert pages.shape[2] % 16 == 0
     words, tables, kv_heads = pages.view(torch.int32), _prepared(codec), codec.num_kv_heads
     (tokens, heads, dim), number, tiling = query.shape, len(batch.seq_lens), _tiling(codec.head_dim)
     rows = tokens * heads // kv_heads
