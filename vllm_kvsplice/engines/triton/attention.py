@@ -98,21 +98,24 @@ def turned(even, odd, cos, sin):
 
 
 @triton.jit
+def series(tables, first, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, TILE: tl.constexpr):
+    """Cosines and sines of the pairs: of position `first`, of a tile's length [pairs], and inside a tile [TILE, pairs]."""
+    pair, token = tl.arange(0, PAIRS), tl.arange(0, TILE)
+    turning = pair < HEAD_DIM // 2
+    frequency = tl.load(tables.pair_frequencies + pair, turning, 0)
+    cos_first, sin_first = turn(frequency * first.to(tl.float64))
+    cos_tile, sin_tile = turn(frequency * TILE)
+    wave = tables.waves + token[:, None] * HEAD_DIM + pair[None, :]
+    cos_waves, sin_waves = tl.load(wave, turning[None, :], 0), tl.load(wave + HEAD_DIM // 2, turning[None, :], 0)
+    return cos_first, sin_first, cos_tile, sin_tile, cos_waves, sin_waves
+
+
+@triton.jit
 def read_sink(
-    query,
-    z_query,
-    page,
-    tables,
-    rows,
-    mask,
-    latent,
-    key_latent,
-    value_latent,
-    HEADS_DIM,
-    PAGE: tl.constexpr,
-    PLANES: tl.constexpr,
-):
-    """Score per bit of `scale` [rows] and value latents [D] of position 0, which has units and a mean of its own.
+    query, z_query, page, tables, rows, mask, latent, key_latent, value_latent, HEADS_DIM,
+    PAGE: tl.constexpr, PLANES: tl.constexpr,
+):  # fmt: skip
+    """Scores before scaling [rows] and value latents [D, 1] of position 0, which has units and a mean of its own.
 
     In float32: much attention falls on it.
     """
@@ -159,17 +162,12 @@ def attend_stored(
     z_query, even, odd = (z_query / unit[None, :]).to(tl.float16), even / unit[None, :], odd / unit[None, :]
     tiles = tl.cdiv(tl.max(until), TILE)
     share = tl.cdiv(tiles, splits)
-    pair, token = tl.arange(0, PAIRS), tl.arange(0, TILE)
-    turning = pair < HEAD_DIM // 2
-    frequency = tl.load(tables.pair_frequencies + pair, turning, 0)
-    cos, sin = turn(frequency * (split * share * TILE).to(tl.float64))
-    even, odd = turned(even, odd, cos, sin)
-    cos, sin = turn(frequency * TILE)
-    wave = tables.waves + token[:, None] * HEAD_DIM + pair[None, :]
-    cos_waves, sin_waves = tl.load(wave, turning[None, :], 0), tl.load(wave + HEAD_DIM // 2, turning[None, :], 0)
+    cos_first, sin_first, cos, sin, cos_waves, sin_waves = series(tables, split * share * TILE, HEAD_DIM, PAIRS, TILE)
+    even, odd = turned(even, odd, cos_first, sin_first)
 
     key_fields, value_fields = tables.fields + key_latent, tables.fields + value_latent
     key_levels, value_levels = (key_latent // 8 * 256).to(tl.uint32), (value_latent // 8 * 256).to(tl.uint32)
+    token = tl.arange(0, TILE)
     for tile in range(split * share, tl.minimum(split * share + share, tiles)):
         first = tile * TILE
         page = pages + tl.load(block_table + first // PAGE).to(tl.int64) * page_stride + first % PAGE // 4
