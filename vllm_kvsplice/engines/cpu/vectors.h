@@ -103,7 +103,9 @@ void combine_rows(const Product& p, int first) {
 inline void combine(const Product& p, int rows) {
     int row = 0;
     for (; row + 4 <= rows; row += 4) combine_rows<4>(p, row);
-    for (; row < rows; ++row) combine_rows<1>(p, row);
+    if (rows - row == 3) return combine_rows<3>(p, row);
+    if (rows - row == 2) return combine_rows<2>(p, row);
+    if (rows - row == 1) return combine_rows<1>(p, row);
 }
 
 // 2^x for x <= 0, within 3e-6; zero far below.
@@ -133,6 +135,35 @@ KV_INLINE float sum_of(Floats v) {
     store(lanes, v);
     for (float x : lanes) total += x;
     return total;
+}
+
+// Products of `count` numbers, a multiple of 8, added up to 16.
+KV_INLINE Floats products(const float* a, const float* b, int count) {
+    Floats sum{};
+    int i = 0;
+    for (; i + 16 <= count; i += 16) sum += load(a + i) * load(b + i);
+    if (i == count) return sum;
+    float last[16] = {};
+    store(last, load<HalfFloats>(a + i) * load<HalfFloats>(b + i));
+    return sum + load(last);
+}
+
+// Lane i: the sum of all lanes of x[i]. Vectors are folded in pairs, H lanes onto the next.
+template <int H = 8>
+KV_INLINE Floats sums_of(Floats* x) {
+    Ints near, far;
+    for (int j = 0; j < 16; ++j) {
+        const bool first = j % (2 * H) < H;
+        near[j] = first ? j : 16 + j - H;
+        far[j] = first ? j + H : 16 + j;
+    }
+    each<H>([&](auto i) KV_LAMBDA {
+        x[i] = __builtin_shuffle(x[i], x[i + H], near) + __builtin_shuffle(x[i], x[i + H], far);
+    });
+    if constexpr (H == 1)
+        return x[0];
+    else
+        return sums_of<H / 2>(x);
 }
 
 }  // namespace
