@@ -10,6 +10,8 @@
 namespace kvsplice {
 namespace {
 
+// So many query rows are done sooner without tiles, which have to go through memory.
+constexpr int kFewRows = 3;
 // Query rows whose high and low bytes fill a tile.
 constexpr int kTileRows = 8;
 
@@ -19,7 +21,7 @@ struct Amx : Avx512 {
     // Latents of values whose sums stay in registers at once.
     static constexpr int kLatents = 64;
 
-    static int64_t key_places(int latents) { return 2 * kBatch * kTile * round_up(latents, 64) / 2; }
+    static int64_t key_places(int latents) { return Avx512::kBatch * kTile * round_up(latents, 64) / 2; }
     static int64_t value_places(int) { return kSplit * kLatents / 2; }
 
     // Tile registers 0 to 4 get `rows` rows of 64 bytes, 5 to 7 all sixteen.
@@ -38,10 +40,6 @@ struct Amx : Avx512 {
         ~Session() { _tile_release(); }
     };
 
-    // After about half a microsecond without work the tile unit sleeps, and its next product takes 0.3 to 0.4 microseconds
-    // more (docs/cpu.md). A product of anything keeps it up.
-    static KV_INLINE void stay_awake() { _tile_dpbsud(0, 4, 5); }
-
     // Latents past the last would meet whatever the keys' buffer holds there: zeros keep it out.
     static void pack_query(const int16_t* numbers, int count, int64_t stride, int16_t* out) {
         std::memset(out, 0, 2 * stride);
@@ -58,6 +56,7 @@ struct Amx : Avx512 {
     // under way: nobody waits for what was just stored.
     static void score_latents(const Half& half, const Tiles& tiles, const Queries& queries, int16_t* keys,
                               float* scores) {
+        if (queries.rows <= kFewRows) return Avx512::score_latents(half, tiles, queries, keys, scores);
         const int64_t tile_bytes = kTile * round_up(half.latents, 64);
         int8_t* unpacked = reinterpret_cast<int8_t*>(keys);
         shape(2 * least(queries.rows, kTileRows));
@@ -121,7 +120,6 @@ struct Amx : Avx512 {
         for (int first = 0; first < rows; first += kTileRows)
             for (int tile = 0; tile < tiles; ++tile) {
                 char* at = reinterpret_cast<char*>(probability + first * kSplit) + tile * kTile;
-                if (tile % 2 == 0) stay_awake();
                 rows - first > kTileRows / 2 ? turn_tile<4>(at) : turn_tile<2>(at);
             }
     }
@@ -143,7 +141,8 @@ struct Amx : Avx512 {
             x[n][3] = _mm512_unpackhi_epi64(b[1], b[3]);
         });
         // x[n][i]: lane l holds columns 4 n.. of row 4 l + i.
-        const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+        const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                      high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
         each<4>([&](auto i) KV_LAMBDA {
             __m512i halves[N / 2][2];
             each<N / 2>([&](auto n) KV_LAMBDA {
@@ -162,6 +161,7 @@ struct Amx : Avx512 {
 
     static void sum_values(const Half& half, const Tiles& tiles, int16_t* probability, int rows, int16_t* values,
                            int32_t* sums, int64_t stride) {
+        if (rows <= kFewRows) return Avx512::sum_values(half, tiles, probability, rows, values, sums, stride);
         shape(16);
         turn_probabilities(probability, rows, tiles.count);
         int8_t* unpacked = reinterpret_cast<int8_t*>(values);
@@ -209,7 +209,6 @@ struct Amx : Avx512 {
     static void sum_many(const Half& half, int group, int latents, const Tiles& tiles, const int16_t* probability,
                          int rows, int8_t* values, int32_t* sums, int64_t stride) {
         for (int g = 0; g < latents / 8; ++g) {
-            stay_awake();
             unpack_values(half, group + g, 1, tiles, 0, tiles.count, values + 8 * g * kSplit, kSplit);
         }
         for (int r = 0; r < latents; r += 32)
@@ -254,7 +253,8 @@ struct Amx : Avx512 {
 
     // [16 latents, high and low bytes of rows] as whole numbers of [rows, 16 latents].
     static KV_INLINE void add_up(int32_t (*found)[16], int rows, int32_t* sums, int64_t stride) {
-        const __m512i latent = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+        const __m512i latent =
+            _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
         for (int row = 0; row < rows; ++row) {
             const Ints high = (Ints)_mm512_i32gather_epi32(latent, &found[0][2 * row], 4);
             const Ints low = (Ints)_mm512_i32gather_epi32(latent, &found[0][2 * row + 1], 4);

@@ -6,7 +6,6 @@
 // An `Isa` has:
 //     kQuads             the order of a tile's tokens in scores: false as they are, true with its 4 x 4 quads transposed
 //     Session            what a thread holds while it attends
-//     stay_awake         called at least every half microsecond
 //     pack_query         16-bit numbers of a row, as its score_latents reads them; 2 bytes each
 //     pack_probability   15-bit numbers of a tile, as its sum_values reads them; 2 bytes each
 //     key_places, value_places   16-bit places of memory that the next two want for heads of so many latents
@@ -177,7 +176,8 @@ struct Attention {
         float* absorbed = w.absorbed + row * round_up(key_latents, 16);
         if (half.latents % 16) store(absorbed + half.latents, HalfFloats{});
         Floats sizes = splat(0);
-        for (int r = 0; r < half.latents; r += 16) sizes = larger(sizes, larger(load(absorbed + r), -load(absorbed + r)));
+        for (int r = 0; r < half.latents; r += 16)
+            sizes = larger(sizes, larger(load(absorbed + r), -load(absorbed + r)));
         const float size = largest(sizes);
         // 127 * 256 + 127: what two signed bytes hold.
         const float inverse = size > 0 ? 32639 / size : 0;
@@ -310,11 +310,9 @@ struct Attention {
             return;
         }
         const float* offsets = Isa::kQuads ? layer.rotary->offsets_in_quads : layer.rotary->offsets_in_order;
-        const float* cosine = layer.rotary->centres + static_cast<int64_t>(split) * 2 * pairs * kSplitTiles;
+        const float* centres = layer.rotary->centres + static_cast<int64_t>(split) * 4 * pairs * kSplitTiles;
         for (int row = 0; row < b.rows; ++row) {
-            Isa::stay_awake();
-            turn(w.pairs + row * 2 * pairs, cosine);
-            Isa::stay_awake();
+            turn(w.pairs + row * 2 * pairs, centres);
             float* out = w.scores + row * kSplit;
             int tile = 0;
             for (; tile + 4 <= tiles; tile += 4) series<4>(offsets, tile, w.constant[row], out + tile * kTile);
@@ -322,45 +320,35 @@ struct Attention {
         }
     }
 
-    // A row's series around the centres of a split's tiles, [2, terms, 8]: factors of cosines (even) and of sines (odd).
-    void turn(const float* row, const float* cosine) {
+    // A row's series around the centres of a split's tiles, [terms, 2, 8]: factors of cosines (even), then of sines (odd).
+    void turn(const float* row, const float* centres) {
         const Rotary& rotary = *layer.rotary;
-        const float *p = row, *s = row + pairs, *sine = cosine + pairs * kSplitTiles;
-        float *even = w.turned, *odd = w.turned + rotary.terms() * kSplitTiles;
-        HalfFloats powers[2][kTerms] = {};
-        for (int f = 0; f < pairs; ++f) {
-            const HalfFloats c = load<HalfFloats>(cosine + f * kSplitTiles),
-                             t = load<HalfFloats>(sine + f * kSplitTiles);
-            const HalfFloats e = p[f] * c + s[f] * t, o = s[f] * c - p[f] * t;
+        Floats powers[kTerms] = {};
+        for (int f = 0; f < pairs; ++f, centres += 4 * kSplitTiles) {
+            const Floats both = row[f] * load(centres) + row[pairs + f] * load(centres + 2 * kSplitTiles);
             if (f < rotary.fast) {
-                store(even + f * kSplitTiles, e);
-                store(odd + f * kSplitTiles, o);
+                store(w.turned + f * 2 * kSplitTiles, both);
                 continue;
             }
-            const float* taylor = rotary.taylor + (f - rotary.fast) * 2 * kTerms;
-            each<kTerms>([&](auto k) KV_LAMBDA {
-                powers[0][k] += taylor[k] * e;
-                powers[1][k] += taylor[kTerms + k] * o;
-            });
+            const float* taylor = rotary.taylor + (f - rotary.fast) * kTerms * 16;
+            each<kTerms>([&](auto k) KV_LAMBDA { powers[k] += load(taylor + 16 * k) * both; });
         }
-        for (int k = 0; k < rotary.terms() - rotary.fast; ++k) {
-            store(even + (rotary.fast + k) * kSplitTiles, powers[0][k]);
-            store(odd + (rotary.fast + k) * kSplitTiles, powers[1][k]);
-        }
+        for (int k = 0; k < rotary.terms() - rotary.fast; ++k)
+            store(w.turned + (rotary.fast + k) * 2 * kSplitTiles, powers[k]);
     }
 
     // sum_f even_f cos(w_f t) +- odd_f sin(w_f t) for N tiles: half the products serve both halves of a tile.
     template <int N>
     void series(const float* offsets, int tile, float constant, float* out) {
         const int terms = layer.rotary->terms();
-        const float *first = w.turned + tile, *second = first + terms * kSplitTiles;
+        const float* factors = w.turned + tile;
         Floats even[N][2], odd[N][2];
         each<2 * N>([&](auto i) KV_LAMBDA { even[i / 2][i % 2] = odd[i / 2][i % 2] = Floats{}; });
-        for (int f = 0; f < terms; ++f) {
+        for (int f = 0; f < terms; ++f, factors += 2 * kSplitTiles) {
             const Floats c0 = load(offsets), c1 = load(offsets + 16), s0 = load(offsets + 32), s1 = load(offsets + 48);
             offsets += 64;
             each<N>([&](auto n) KV_LAMBDA {
-                const float e = first[f * kSplitTiles + n], o = second[f * kSplitTiles + n];
+                const float e = factors[n], o = factors[kSplitTiles + n];
                 even[n][0] += e * c0;
                 even[n][1] += e * c1;
                 odd[n][0] += o * s0;
@@ -385,7 +373,6 @@ struct Attention {
 
     // From scores to 15-bit probabilities relative to the row's largest of this split.
     void soften(int row, int64_t base, int tiles) {
-        Isa::stay_awake();
         float* scores = w.scores + row * kSplit;
         int16_t* probability = w.probability + row * kSplit;
         // Position 0 is not here (`start`).
@@ -408,7 +395,6 @@ struct Attention {
         each<4>([&](auto i) KV_LAMBDA { tops[i] = load(scores + 16 * i); });
         for (int t = kTile; t < tiles * kTile; t += kTile)
             each<4>([&](auto i) KV_LAMBDA { tops[i] = larger(tops[i], load(scores + t + 16 * i)); });
-        Isa::stay_awake();
         w.top[row] = largest(larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])));
         const float top = w.top[row];
         Ints total{};
@@ -450,7 +436,8 @@ struct Attention {
             const float share = rescale(row, partial[0]);
             s.total += partial[1] * share;
             s.on_stored += partial[1] * share;
-            for (int r = 0; r < latents; ++r) s.latents()[r] += partial[2 + r] * share;
+            for (int r = 0; r < latents; r += 16)
+                store(s.latents() + r, load(s.latents() + r) + load(partial + 2 + r) * share);
         }
     }
 

@@ -148,8 +148,7 @@ KV_INLINE __m128i sums_of(__m512i a, __m512i b, __m512i c, __m512i d) {
 
 // N rows by four latents over a split.
 template <int N>
-void dot_values_of(const int8_t* values, const uint8_t* probability, int tiles, int32_t* sums,
-                   int64_t stride) {
+void dot_values_of(const int8_t* values, const uint8_t* probability, int tiles, int32_t* sums, int64_t stride) {
     __m512i high[N][4], low[N][4];
     each<N>([&](auto n)
                 KV_LAMBDA { each<4>([&](auto i) KV_LAMBDA { high[n][i] = low[n][i] = _mm512_setzero_si512(); }); });
@@ -182,7 +181,6 @@ struct Avx512 {
         ~Session() {}
     };
 
-    static void stay_awake() {}
     static int64_t key_places(int latents) { return kBatch * kTile * latents / 2; }
     static int64_t value_places(int) { return kSplit * 8 / 2; }
 
@@ -207,13 +205,15 @@ struct Avx512 {
     }
 
     // The keys of some tiles, [4 latents][64 tokens][4] a tile.
-    static void unpack_keys(const Half& half, const Tiles& tiles, int first, int count, int8_t* out, int64_t tile_bytes) {
+    static void unpack_keys(const Half& half, const Tiles& tiles, int first, int count, int8_t* out,
+                            int64_t tile_bytes) {
         static constexpr decltype(&unpack_keys_of<1>) by_width[] = {
             unpack_keys_of<1>, unpack_keys_of<2>, unpack_keys_of<3>, unpack_keys_of<4>,
             unpack_keys_of<5>, unpack_keys_of<6>, unpack_keys_of<7>, unpack_keys_of<8>};
         for (int g = 0; g < half.group_count; ++g, out += 8 * kTile) {
             const Group& group = half.groups[g];
-            by_width[group.width - 1](group, {tiles, group.plane - half.groups[0].plane, first, count}, out, tile_bytes);
+            by_width[group.width - 1](group, {tiles, group.plane - half.groups[0].plane, first, count}, out,
+                                      tile_bytes);
         }
     }
 

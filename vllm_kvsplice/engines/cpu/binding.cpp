@@ -23,9 +23,23 @@ namespace {
 using at::Tensor;
 using Widths = std::vector<std::vector<int64_t>>;
 
+// Vectors that no load of 64 bytes finds across two lines.
+template <class T>
+struct Aligned {
+    using value_type = T;
+    Aligned() = default;
+    template <class U>
+    Aligned(const Aligned<U>&) {}
+    T* allocate(size_t count) { return static_cast<T*>(kvsplice::allocate(count * sizeof(T))); }
+    void deallocate(T* memory, size_t) { release(memory); }
+    bool operator==(const Aligned&) const { return true; }
+};
+using Table = std::vector<float, Aligned<float>>;
+
 // Tables of one rotation; they grow, and all layers that turn alike share them.
 struct RotaryTables {
-    std::vector<float> inv_freq, angles, centres, taylor, in_order, in_quads;
+    std::vector<float> inv_freq;
+    Table angles, centres, taylor, in_order, in_quads;
     Rotary view{};
 
     RotaryTables(std::vector<float> frequencies, bool interleaved) : inv_freq(std::move(frequencies)) {
@@ -34,9 +48,9 @@ struct RotaryTables {
         for (int f = 0; f < pairs; ++f)
             if (std::abs(inv_freq[f]) * (kTile - 1) / 2 >= 0.5f) view.fast = f + 1;
         for (int f = view.fast; f < pairs; ++f)
-            for (int odd = 0; odd < 2; ++odd)
-                for (int k = 0; k < kTerms; ++k) {
-                    const int power = 2 * k + odd;
+            for (int k = 0; k < kTerms; ++k)
+                for (int lane = 0; lane < 2 * kSplitTiles; ++lane) {
+                    const int power = 2 * k + lane / kSplitTiles;
                     taylor.push_back(static_cast<float>((k % 2 ? -1 : 1) * std::pow(32.0 * inv_freq[f], power) /
                                                         std::tgamma(power + 1)));
                 }
@@ -53,7 +67,7 @@ struct RotaryTables {
         view.interleaved = interleaved;
     }
 
-    void add_offset(std::vector<float>& table, int place, double offset) {
+    void add_offset(Table& table, int place, double offset) {
         table.resize((view.fast + kTerms) * 64);
         for (int f = 0; f < view.fast; ++f) {
             table[f * 64 + place] = static_cast<float>(std::cos(offset * inv_freq[f]));
@@ -78,14 +92,18 @@ struct RotaryTables {
     }
 
     void reach_context(int64_t tokens) {
-        const int64_t row = 2 * view.pairs * kSplitTiles, known = centres.size() / row;
+        const int64_t row = 4 * view.pairs * kSplitTiles, known = centres.size() / row;
         if (tokens > known * kSplit) centres.resize((tokens / kSplit + 1) * row);
         for (int64_t i = known; i < static_cast<int64_t>(centres.size()) / row; ++i)
             for (int f = 0; f < view.pairs; ++f)
                 for (int tile = 0; tile < kSplitTiles; ++tile) {
                     const double angle = ((i * kSplitTiles + tile) * kTile + (kTile - 1) / 2.0) * inv_freq[f];
-                    centres[i * row + f * kSplitTiles + tile] = static_cast<float>(std::cos(angle));
-                    centres[i * row + (view.pairs + f) * kSplitTiles + tile] = static_cast<float>(std::sin(angle));
+                    const float cosine = static_cast<float>(std::cos(angle)),
+                                sine = static_cast<float>(std::sin(angle));
+                    float* at = &centres[i * row + f * 4 * kSplitTiles + tile];
+                    at[0] = at[3 * kSplitTiles] = cosine;
+                    at[kSplitTiles] = -sine;
+                    at[2 * kSplitTiles] = sine;
                 }
         view.centres = centres.data();
     }

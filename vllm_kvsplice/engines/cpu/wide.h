@@ -71,7 +71,6 @@ struct Wide {
         ~Session() {}
     };
 
-    static void stay_awake() {}
     static int64_t key_places(int latents) { return kTile * latents; }
     static int64_t value_places(int) { return kSplit * 8; }
 
