@@ -451,7 +451,7 @@ def plant(method: str, change: Callable[..., dict]) -> Fault:
     def fault(engine: Engine) -> Engine:
         def faulty(*arguments: object) -> object:
             # Shorter where a trailing argument keeps its default.
-        given = dict(zip(names, arguments, strict=False))
+            given = dict(zip(names, arguments, strict=False))
             return getattr(engine, method)(*(given | change(**given)).values())
 
         return with_method(engine, method, faulty)
