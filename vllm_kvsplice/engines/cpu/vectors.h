@@ -2,7 +2,7 @@
 // own copy of what is here, and of all that includes it: nothing may be shared between code compiled for different ones.
 #pragma once
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__BMI2__)
 #include <immintrin.h>
 #endif
 
@@ -51,6 +51,15 @@ constexpr T least(T a, T b) {
 template <class T>
 constexpr T most(T a, T b) {
     return a > b ? a : b;
+}
+
+// GCC 12 would convert quarters and join them.
+KV_INLINE Doubles widened(HalfFloats x) {
+#ifdef __AVX512F__
+    return (Doubles)_mm512_cvtps_pd((__m256)x);
+#else
+    return __builtin_convertvector(x, Doubles);
+#endif
 }
 
 KV_INLINE Floats larger(Floats a, Floats b) {
