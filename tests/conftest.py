@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks.server import Server, running
 from calibration.models import default_model
-from calibration.pipeline import CalibrationConfig, calibrate
+from calibration.pipeline import calibrate
+from calibration.recipe import CalibrationConfig
 
 # Servers of the tests are small: what they hold is a few thousand tokens.
 MEMORY = {"VLLM_CPU_KVCACHE_SPACE": "1"}
