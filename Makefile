@@ -6,7 +6,7 @@ VARIANT ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 STAMP := $(VENV)/.installed-$(VARIANT)
 PORT ?= 8000
 
-.PHONY: demo serve test quick lint lock bench-cpu bench-server clean
+.PHONY: demo serve test quick lint lock bench-cpu bench-server bench-planners clean
 
 demo: $(STAMP)
 	$(BIN)/python -m benchmarks.demo
@@ -35,6 +35,10 @@ lint: $(STAMP)
 # The CPU engine beside stock vLLM's attention, about five minutes.
 bench-cpu: $(STAMP)
 	$(BIN)/python -m benchmarks.cpu
+
+# Perplexity under every planner at equal size, about six minutes: make bench-planners TEXT="--text A --held-out B"
+bench-planners: $(STAMP)
+	$(BIN)/python -m benchmarks.planners $(TEXT)
 
 lock: $(STAMP)
 	$(BIN)/python requirements/lock.py

@@ -121,7 +121,7 @@ def weighted_klt(statistics: KindStatistics) -> Transform:
     z = diag(e)^-1/2 U^T A u: uncorrelated, of unit variance, and squared errors in them add up to u's Fisher-weighted
     squared error (the KLT is optimal for a weighted square error: Gray & Neuhoff, Quantization, 1998).
     """
-    covariance = _covariance(statistics.residual)
+    covariance = residual_covariance(statistics.residual)
     eigenvalues, vectors = torch.linalg.eigh(statistics.fisher.double())
     eigenvalues = eigenvalues.clamp_min(0)
     eigenvalues = eigenvalues + FISHER_FLOOR * eigenvalues.mean(-1, keepdim=True).clamp_min(1e-30)
@@ -136,7 +136,7 @@ def weighted_klt(statistics: KindStatistics) -> Transform:
     return Transform(analysis.float(), synthesis.float(), variance.float())
 
 
-def _covariance(residual: Tensor) -> Tensor:
+def residual_covariance(residual: Tensor) -> Tensor:
     """[L, H, D, D] in float64, one layer at a time; `residual` has its mean removed already."""
     return torch.stack([(x.float().mT @ x.float() / x.shape[1]).double() for x in residual])
 

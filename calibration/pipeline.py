@@ -18,9 +18,8 @@ from calibration.attention import AS_STORED, Reading
 from calibration.evaluate import Evaluation, Mode, evaluate
 from calibration.fim.attention import CONTEXT as FIM_CONTEXT
 from calibration.fim.attention import WINDOWS as FIM_WINDOWS
-from calibration.fim.attention import attention_spectra
+from calibration.fim.attention import attention_spectra, by_head
 from calibration.fim.runs import read_runs
-from calibration.fim.spectrum import metrics as spectrum_metrics
 from calibration.fit import PcaFit
 from calibration.models import fast_dtype, load_model, longest_context, rotary_of
 from calibration.plan import Plan, budget_for_bits, plan_budget
@@ -66,7 +65,7 @@ class Study:
         rotary: its rotary embedding, None without.
         corpus: the text.
         windows, held_out: token ids [W, T] that were measured, and to judge on.
-        fit: transforms and codebooks.
+        statistics: the measurements.
         config: the recipe.
 
     """
@@ -77,7 +76,7 @@ class Study:
     corpus: Corpus
     windows: Tensor
     held_out: Tensor
-    fit: PcaFit
+    statistics: Statistics
     config: CalibrationConfig
 
     @property
@@ -87,15 +86,21 @@ class Study:
     @property
     def layers(self) -> tuple[int, ...]:
         """The model's numbers of the layers that are compressed."""
-        return self.fit.statistics.layers
+        return self.statistics.layers
 
     @property
     def dense_layers(self) -> int:
         return self.shape.num_layers - len(self.layers)
 
     @cached_property
+    def fit(self) -> PcaFit:
+        """Transforms and codebooks."""
+        with console.status("Fitting transforms and codebooks"):
+            return PcaFit.of(self.statistics)
+
+    @cached_property
     def evidence(self) -> Evidence:
-        return Evidence(self.fit.distortion, self.layers, self._attention_metrics)
+        return Evidence(self.fit.distortion, self.layers, lambda: self.attention_metrics)
 
     def budget_for(self, bits: float) -> int:
         """Bytes per token of the compressed layers at `bits` per element."""
@@ -116,19 +121,19 @@ class Study:
             self.fit.codec(plan).tensors | ({"rotary.inv_freq": rotary.inv_freq} if rotary else {}),
         )
 
-    def _attention_metrics(self) -> Metrics:
+    @cached_property
+    def attention_metrics(self) -> Metrics:
         """From the recipe's file, or measured on a few short windows."""
         if self.config.fim:
             return read_runs(self.config.fim)[0].heads()
+        return by_head(self.attention_spectra)
+
+    @cached_property
+    def attention_spectra(self) -> dict[int, Tensor]:
+        """Eigenvalues of every layer's attention Fisher matrices, [query heads, T], on a few short windows."""
         windows = self.windows[:FIM_WINDOWS, :FIM_CONTEXT]
         with steps("Measuring the Fisher information of attention", len(windows)) as progress:
-            spectra = attention_spectra(self.model, windows, progress)
-        found = {layer: spectrum_metrics(s) for layer, s in spectra.items()}
-        return {
-            (layer, head): {name: float(values[head]) for name, values in metrics.items()}
-            for layer, metrics in found.items()
-            for head in range(len(spectra[layer]))
-        }
+            return attention_spectra(self.model, windows, progress)
 
 
 def study(model_name: str, config: CalibrationConfig, statistics_file: Path | None = None) -> Study:
@@ -157,9 +162,7 @@ def study(model_name: str, config: CalibrationConfig, statistics_file: Path | No
     searched = SEARCH_WINDOWS if config.max_ppl_increase is not None else 0
     held_out = token_windows(tokenizer, corpus.held_out, QUALITY_WINDOWS + searched, context)
     statistics = _measure(model, windows, rotary, config.seed, statistics_file)
-    with console.status("Fitting transforms and codebooks"):
-        fit = PcaFit.of(statistics)
-    return Study(model_name, model, rotary, corpus, windows, held_out, fit, config)
+    return Study(model_name, model, rotary, corpus, windows, held_out, statistics, config)
 
 
 def choose(measured: Study) -> Plan:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from calibration.attention import watched
 from calibration.fim import spectrum
+from calibration.fim.runs import Heads
 from vllm_kvsplice.errors import KVSpliceError
 
 # Tokens of a window: the matrices grow with their square (SmolLM2: 141 MB at 256), their eigenvalues take its cube.
@@ -42,6 +43,16 @@ class AttentionFisher:
     def spectra(self) -> dict[int, Tensor]:
         """Eigenvalues [G * H, T] of the mean F of every layer, largest first."""
         return {layer: spectrum.eigenvalues(total / self.queries) for layer, total in sorted(self.sums.items())}
+
+
+def by_head(spectra: dict[int, Tensor]) -> Heads:
+    """Metrics of every query head, from eigenvalues [heads, T] by layer."""
+    found = {layer: spectrum.metrics(values) for layer, values in spectra.items()}
+    return {
+        (layer, head): {name: float(value[head]) for name, value in metrics.items()}
+        for layer, metrics in found.items()
+        for head in range(len(spectra[layer]))
+    }
 
 
 def causal_softmax(logits: Tensor) -> Tensor:

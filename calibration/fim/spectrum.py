@@ -6,6 +6,8 @@ from torch import Tensor
 # Eigenvalues below are taken for zero: they only ever divide. The published thresholds of `cond` rest on this floor; in the
 # examples that go with them cond is eigmax / 1e-8 to three digits (docs/planning.md).
 POSITIVE = 1e-8
+# The same for matrices whose scale is their own, as a share of the largest: what float32 sums resolve.
+RESOLVED = 1e-7
 # Share of the energy that the effective rank must hold.
 EFFECTIVE = 0.9
 VARIANCES = (90, 95, 99)
@@ -16,16 +18,16 @@ def eigenvalues(matrices: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(matrices.double()).flip(-1).clamp_min(0)
 
 
-def metrics(spectra: Tensor) -> dict[str, Tensor]:
+def metrics(spectra: Tensor, floor: float | Tensor = POSITIVE) -> dict[str, Tensor]:
     """Metrics [...] of `spectra` [..., n] of n eigenvalues each, largest first.
 
-    trace: their sum. eigmax: the largest. cond: eigmax / the smallest that is positive (at least `POSITIVE`).
+    trace: their sum. eigmax: the largest. cond: eigmax / the smallest that is positive (at least `floor`).
     energy_r8, energy_r16: share of the largest 8 and 16 in the trace. effective_rank: fewest that hold 90 % of it.
     df: (sum)^2 / sum of squares, the number of equal eigenvalues that would spread as much.
     """
     spectra = spectra.double()
     trace, largest = spectra.sum(-1), spectra[..., 0]
-    smallest = spectra.masked_fill(spectra < POSITIVE, torch.inf).amin(-1)
+    smallest = spectra.masked_fill(spectra < floor, torch.inf).amin(-1)
     energy = spectra.cumsum(-1) / trace.clamp_min(1e-300)[..., None]
     return {
         "trace": trace,

@@ -33,6 +33,8 @@ class TierRule(BaseModel):
     Attributes:
         critical_trace: above it a head is critical. compressible_trace: below it a head may be compressed most.
         high_cond, moderate_cond: above them a head is compressed most, and much.
+        cond_floor: judge by eigmax / this instead of the measured cond. The tool that the thresholds come from clamps the
+            smallest eigenvalue, which is always zero, to 1e-8 (docs/planning.md).
         dominant_eigmax: above it the strongest group of latents is stored in 8 bits whatever the tier.
         critical_bits, high_cond_bits, other_bits: of the latents that are stored.
 
@@ -44,6 +46,7 @@ class TierRule(BaseModel):
     compressible_trace: float = 0.90
     high_cond: float = 1e7
     moderate_cond: float = 1e6
+    cond_floor: Annotated[float, Field(gt=0)] | None = None
     dominant_eigmax: float = 0.15
     high_cond_rank: Rank = 8
     moderate_cond_rank: Rank = 16
@@ -121,6 +124,8 @@ def plan_tiers(
 def tier_of(metrics: Mapping[str, float], groups: int, rule: TierRule) -> Tier:
     """What the rule says of a head of `groups` groups of latents."""
     trace, cond, eigmax = (metrics[name] for name in ("trace", "cond", "eigmax"))
+    if rule.cond_floor is not None:
+        cond = eigmax / rule.cond_floor
     if trace > rule.critical_trace:
         name, rank, bits = f"critical (trace {trace:.3f})", RULE_HEAD_DIM, rule.critical_bits
     elif cond > rule.high_cond and trace < rule.compressible_trace:
