@@ -67,7 +67,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_kvsplice", "vllm_kvsplice.*", "calibration", "calibration.*"]),
-    package_data={"vllm_kvsplice": ["py.typed", "engines/cpu/*.h", "engines/cpu/*.cpp"]},
+    package_data={
+        "calibration.fim": ["report.html"],
+        "vllm_kvsplice": ["py.typed", "engines/cpu/*.h", "engines/cpu/*.cpp"],
+    },
     # vllm itself is not named here: pip would replace a CPU or ROCm build by the CUDA one. See requirements/.
     install_requires=[
         "torch",

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_kvsplice import __version__
-from vllm_kvsplice.commands import recipes
+from vllm_kvsplice.commands import analysis, recipes
 from vllm_kvsplice.commands.options import ArtifactDir, Model
 from vllm_kvsplice.commands.printing import console, print_summary, print_width_map
 from vllm_kvsplice.errors import KVSpliceError
@@ -34,6 +34,8 @@ class Mode(StrEnum):
 
 app.command()(recipes.calibrate)
 app.command()(recipes.plan)
+app.command()(analysis.fim)
+app.command()(analysis.report)
 
 
 @app.command()
