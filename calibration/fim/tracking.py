@@ -20,7 +20,7 @@ def import_runs(project: str) -> list[Run]:
     """
     wandb = _wandb()
     try:
-        found = [_record(run) for run in wandb.Api().runs(project)]
+        found = [_record(run) for run in wandb.Api().runs(project, lazy=False)]
     # Network, login, permissions, a name that does not exist: for the user all mean one thing.
     except (wandb.errors.Error, ValueError, OSError) as error:
         raise KVSpliceError(
