@@ -1,18 +1,16 @@
 """FIM metrics of whole models, and the hook for training, on tiny models."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerControl, TrainerState
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from calibration.fim.attention import attention_spectra
 from calibration.fim.callback import FimCallback, FimFollower
 from calibration.fim.linear import map_metrics, weight_spectrum
 from calibration.fim.measure import fim_run
 from calibration.fim.runs import Run
-from calibration.models import load_model
 from calibration.pipeline import study
 from calibration.recipe import CalibrationConfig
 from tests.models import FAMILIES, TEXT, VOCAB, tiny_model
@@ -139,11 +137,12 @@ class TestTraining:
         after.backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
 
-    def test_the_trainer_callback_logs_by_the_trainers_step(self, tmp_path):
-        model, _ = load_model(str(tiny_model("gpt2", tmp_path / "model")), torch.float32)
-        callback, state = FimCallback(WINDOWS, every=3), TrainerState()
-        wrapped = SimpleNamespace(module=model)
-        for state.global_step in range(1, 8):
-            callback.on_step_end(None, state, TrainerControl(), model=wrapped)
-        assert [entry["step"] for entry in state.log_history] == [3, 6]
-        assert 0 < state.log_history[0]["fim/trace_global_mean"] < 1
+    def test_the_trainer_has_the_scores_in_its_history(self, tmp_path):
+        model, callback = plain_model("gpt2", tmp_path, "sdpa"), FimCallback(WINDOWS, every=2)
+        options = TrainingArguments(str(tmp_path / "out"), max_steps=5, report_to=[], use_cpu=True, save_strategy="no")
+        examples = [{"input_ids": window, "labels": window} for window in WINDOWS] * 8
+        trainer = Trainer(model, options, train_dataset=examples, callbacks=[callback])
+        trainer.train()
+        logged = [entry for entry in trainer.state.log_history if "fim/trace_global_mean" in entry]
+        assert [entry["step"] for entry in logged] == [2, 4]
+        assert 0 < logged[1]["fim/trace_global_mean"] != logged[0]["fim/trace_global_mean"] < 1
