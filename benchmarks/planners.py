@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", default="pydoc", help="to calibrate on, as for kvsplice calibrate")
     parser.add_argument("--held-out", default="pydoc", help="to judge on, as for kvsplice eval")
-    parser.add_argument("--windows", type=int, default=4, help="of held-out text")
+    parser.add_argument("--windows", type=int, default=3, help="of held-out text")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a window")
     options = parser.parse_args()
     model = str(default_model())

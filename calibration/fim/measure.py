@@ -38,9 +38,9 @@ def fim_run(measured: Study, name: str) -> Run:
     with steps("Measuring weights and activations", len(windows)) as progress:
         maps = map_metrics(measured.model, windows, progress)
     metrics |= {PREFIX + metric: value for metric, value in maps.items()}
-    for kind in ("weight", "activation"):
-        shares = [value for metric, value in maps.items() if metric.endswith(f"_{kind}_compression")]
-        metrics[f"{PREFIX}{kind}_compression_global_mean"] = sum(shares) / len(shares)
+    for summary in ("weight_df", "activation_df", "weight_compression", "activation_compression"):
+        found = [value for metric, value in maps.items() if metric.endswith(f"_{summary}")]
+        metrics[f"{PREFIX}{summary}_global_mean"] = sum(found) / len(found)
     shape = measured.shape
     return make_run(
         name,

@@ -20,7 +20,8 @@ energy_rK       Share of the trace in the K largest eigenvalues. effective_rank:
 key_*, value_*  The same of E[g g^T], g the gradient of the loss with respect to a key or value: what an error there costs.
                 This is what the planner `budget` acts on.
 df              (sum of eigenvalues)^2 / sum of squares: how many directions are in use.
-k90, k95, k99   Dimensions that hold so much of the variance; compression: all dimensions / k95.
+k90, k95, k99   Dimensions that hold so much of the variance; compression: all dimensions / k95. Weights use most of their
+                directions and do not compress; the activations that they make, and a cache keeps, use few.
 
 critical        Trace above 0.95.
 high_potential  Not critical, and a compression potential above 70: uneven and concentrated.
@@ -49,10 +50,10 @@ def _run_lines(run: Run) -> Iterator[str]:
     yield f"mean effective rank    {_number(scores['fim/effective_rank'])}"
     yield f"compression potential  {_number(scores['fim/compression_potential'])} of 100"
     yield f"efficiency score       {_number(scores['fim/efficiency_score'])} of 100"
-    weights, activations = (run.overall(f"{kind}_compression") for kind in ("weight", "activation"))
-    if not math.isnan(weights):
-        verdict = _compressible(weights, activations)
-        yield f"dimensions / k95       weights {weights:.2f}, activations {activations:.2f}: {verdict}"
+    for metric, words in (("df", "directions in use (df)"), ("compression", "dimensions / k95")):
+        weights, activations = (run.overall(f"{kind}_{metric}") for kind in ("weight", "activation"))
+        if not math.isnan(weights):
+            yield f"{words:23s}weights {weights:.4g}, activations {activations:.4g}"
 
 
 def _comparison(runs: Sequence[Run]) -> Iterator[str]:
@@ -107,7 +108,3 @@ def _cond(value: float) -> str:
 def _energy(value: float) -> str:
     steps = ((0.8, "spread over many directions"), (0.9, "concentrated"), (0.95, "low effective rank"))
     return next((words for limit, words in steps if value < limit), "very low effective rank")
-
-
-def _compressible(weights: float, activations: float) -> str:
-    return "the cache compresses, the weights do not" if activations > 1.5 * weights else "about alike"

@@ -100,6 +100,9 @@ class ManualConfig(_Strict):
         if not isinstance(inner, dict):
             raise ValueError("global is no JSON object")
         inner = {name: value for name, value in inner.items() if name not in REMARKS}
+        twice = sorted(set(inner) & set(settings))
+        if twice:
+            raise ValueError(f"{twice[0]} stands in global and beside it")
         return {"global": inner | settings, "per_layer_head": content.get("per_layer_head", {})}
 
 

@@ -114,6 +114,7 @@ def write(tmp_path: Path, content: Any) -> Path:
         ({"per_layer_head": {"6/8": {"bits": 9}}}, r"6/8\.bits: Input should be less than or equal to 8"),
         ({"global": {"target_memory_reduction": 1.5}}, "target_memory_reduction: Input should be less than 1"),
         ('{"per_layer_head": {"6/8": {}, "6/8": {"rank": 8}}}', "'6/8' is set twice"),
+        ({"global": {"rank": 8}, "rank": 16}, "rank stands in global and beside it"),
         ("[]", "holds no JSON object"),
         ("{", "cannot read the plan"),
     ],
