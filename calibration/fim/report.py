@@ -95,7 +95,11 @@ def _panels(findings: Findings) -> Iterator[tuple[str, str, go.Figure]]:
         yield "Memory of a sequence", "Dense cache and this plan.", figures.memory(plan)
     rows = list(_compared(findings))
     if rows:
-        yield "Expected and measured", "Growth of perplexity, a point a plan.", figures.expected_and_measured(rows)
+        yield (
+            "Expected and measured",
+            "Growth of perplexity, a point a plan; none for plans that measured no growth.",
+            figures.expected_and_measured(rows),
+        )
 
 
 def _compared(findings: Findings) -> Iterator[Row]:
