@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from calibration.fim.attention import attention_spectra, by_head
-from calibration.fim.runs import PREFIX, Run, make_run
+from calibration.fim.runs import Run, make_run, named
 from calibration.fim.scores import run_scores
 
 Log = Callable[[dict[str, float]], Any]
@@ -62,12 +62,7 @@ def measure(model: PreTrainedModel, windows: Tensor, name: str) -> Run:
         heads = by_head(attention_spectra(model, windows, lambda: None))
     finally:
         model.train(training)
-    metrics = {
-        f"{PREFIX}layer{layer}/head{head}/{metric}": value
-        for (layer, head), values in heads.items()
-        for metric, value in values.items()
-    }
-    return make_run(name, metrics, {})
+    return make_run(name, named(heads), {})
 
 
 class FimCallback(TrainerCallback):

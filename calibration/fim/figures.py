@@ -91,11 +91,21 @@ def condition_scatter(run: Run) -> go.Figure:
             showlegend=False,
         )
     )
+    _name_quadrants(figure, rule)
+    lowest = min((values["cond"] for _, values in points), default=1.0)
+    highest = max(10 * rule.moderate_cond, *(values["cond"] for _, values in points), 1.0)
+    figure.update_xaxes(title="condition number", type="log", range=[math.log10(lowest / 2), math.log10(highest * 2)])
+    figure.update_yaxes(title="trace", range=[-0.06, 1.06])
+    return figure
+
+
+def _name_quadrants(figure: go.Figure, rule: TierRule) -> None:
+    """Lines at the thresholds of `rule`, and what heads on their four sides are."""
     figure.add_vline(x=rule.moderate_cond, line_dash="dot", line_color="#888")
     figure.add_hline(y=rule.compressible_trace, line_dash="dot", line_color="#888")
     corners = {
-        (0.01, 0.99): "critical",
-        (0.99, 0.99): "critical, uneven",
+        (0.01, 0.99): "important, even",
+        (0.99, 0.99): "important, uneven",
         (0.01, 0.01): "little at stake",
         (0.99, 0.01): "best targets",
     }
@@ -103,11 +113,6 @@ def condition_scatter(run: Run) -> go.Figure:
         figure.add_annotation(
             xref="paper", yref="paper", x=x, y=y, text=words, showarrow=False, opacity=0.75, font={"size": 11}
         )
-    lowest = min((values["cond"] for _, values in points), default=1.0)
-    highest = max(10 * rule.moderate_cond, *(values["cond"] for _, values in points), 1.0)
-    figure.update_xaxes(title="condition number", type="log", range=[math.log10(lowest / 2), math.log10(highest * 2)])
-    figure.update_yaxes(title="trace", range=[-0.06, 1.06])
-    return figure
 
 
 def spectra(run: Run, kind: str) -> go.Figure:

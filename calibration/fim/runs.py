@@ -76,6 +76,15 @@ class Run(BaseModel):
         return known if known is not None else sum(values) / len(values) if values else math.nan
 
 
+def named(heads: Mapping[tuple[int, int], Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of query heads under their names in a run."""
+    return {
+        f"{PREFIX}layer{layer}/head{head}/{metric}": value
+        for (layer, head), values in heads.items()
+        for metric, value in values.items()
+    }
+
+
 def make_run(name: str, metrics: Mapping[str, float], spectra: Mapping[str, list[float]], **info: Any) -> Run:
     """A run of our own; for every metric of query heads its mean and maximum over all of them is added."""
     run = Run(run_info=RunInfo(display_name=name, **info), summary_metrics=dict(metrics), spectra=dict(spectra))

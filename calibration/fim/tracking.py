@@ -34,7 +34,9 @@ def import_runs(project: str) -> list[Run]:
 
 def _record(run: Any) -> Run:
     info = {name: getattr(run, name) for name in ("entity", "project", "id", "url", "state", "created_at")}
-    return Run(run_info=RunInfo(display_name=run.name, **info), summary_metrics=dict(run.summary.items()))
+    # Summaries hold histograms and media as well.
+    plain = {name: value for name, value in run.summary.items() if isinstance(value, (int, float, str))}
+    return Run(run_info=RunInfo(display_name=run.name, **info), summary_metrics=plain)
 
 
 def export_run(target: str, run: Run, text: str, page: str, scatter: Any) -> None:

@@ -13,6 +13,7 @@ import wandb
 from calibration.fim.figures import condition_scatter
 from calibration.fim.runs import make_run
 from calibration.fim.tracking import export_run, import_runs
+from tests.test_cli import run as kvsplice
 from vllm_kvsplice.errors import KVSpliceError
 
 # Answers to the client's GraphQL queries, by the name of the query, in the shape that api.wandb.ai gives them.
@@ -106,6 +107,18 @@ def test_scores_heatmap_scatter_and_page_go_into_a_run(settings, tmp_path):
     pages = sorted(path.read_text() for path in written.glob("files/media/html/fim/*.html"))
     assert any("in words" in content for content in pages)
     assert any("the page" in content for content in pages)
+
+
+def test_a_project_becomes_files_and_a_run_by_one_command_each(server, settings, tmp_path):
+    kvsplice("fim", "--wandb", "team/gpt2", "--out", tmp_path / "analysis")
+    assert (tmp_path / "analysis" / "fim_metrics_team-gpt2.json").exists()
+    assert "Run RA-one-gate" in (tmp_path / "analysis" / "fim.txt").read_text()
+    wandb.teardown()
+    settings.setenv("WANDB_MODE", "offline")
+    metrics = tmp_path / "analysis" / "fim_summary_team-gpt2.csv"
+    kvsplice("report", "--fim", metrics, "--out", tmp_path / "report.html", "--wandb-run", "team/gpt2/xyz")
+    (logged,) = tmp_path.glob("wandb/offline-run-*-xyz/files/media/html/fim/report*.html")
+    assert logged.read_text().count("Condition against trace") == 1
 
 
 @pytest.mark.parametrize("target", ["abc", "gpt2/abc", "a/b/c/d"])
