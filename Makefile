@@ -61,7 +61,7 @@ endif
 $(BROWSER): tests/browser/package.json tests/browser/unpack.mjs | $(STAMP)
 	mkdir -p $(@D)
 	cp $^ $(@D)
-	cd $(@D) && PATH="$(abspath $(BIN)):$$PATH" npm install --silent --no-audit --no-fund
+	cd $(@D) && PATH="$(abspath $(BIN)):$$PATH" npm install --loglevel=error --no-audit --no-fund
 	cd $(@D) && TMPDIR="$$PWD" $(abspath $(BIN))/node unpack.mjs
 	touch $@
 

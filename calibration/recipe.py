@@ -50,6 +50,8 @@ class CalibrationConfig(PlannerSettings):
             raise ValueError("planner manual and a plan file go together: give both, or neither")
         if settings.get("planner") == "manual" and sizes:
             raise ValueError(f"a plan made by hand has its own size; leave {sizes[0]} out")
+        if settings.get("fim") is not None and settings.get("planner") != "tiers":
+            raise ValueError("only planner tiers reads FIM metrics; choose it, or leave fim out")
         own_size = settings.get("planner") in ("manual", "tiers")
         return settings if sizes or own_size else {**settings, "bits": DEFAULT_BITS}
 

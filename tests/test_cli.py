@@ -135,6 +135,7 @@ class TestPlanning:
             (("--planner", "manual"), "planner manual and a plan file go together"),
             (("--planner", "tiers", "--plan", "plan.json"), "planner manual and a plan file go together"),
             (("--plan", "plan.json", "--bits", 3), "has its own size; leave bits out"),
+            (("--fim", "fim.json"), "only planner tiers reads FIM metrics"),
             (("--max-ppl-increase", "one"), "max_ppl_increase: Input should be a valid number"),
             (("--max-ppl-increase", "-1%"), "max_ppl_increase: Input should be greater than 0"),
         ],

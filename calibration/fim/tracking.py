@@ -1,5 +1,6 @@
 """Weights & Biases: FIM metrics out of runs and into them. Needs the package `wandb`."""
 
+from html import escape
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def export_run(target: str, run: Run, text: str, page: str, scatter: Any) -> Non
                 {
                     "fim/compression_heatmap": _heatmap(wandb, run),
                     "fim/scatter_cond_vs_trace": scatter,
-                    "fim/interpretation": wandb.Html(f"<pre>{text}</pre>"),
+                    "fim/interpretation": wandb.Html(f"<pre>{escape(text)}</pre>"),
                     "fim/report": wandb.Html(page),
                 }
             )

@@ -36,7 +36,7 @@ def calibrate(
 
     `kvsplice calibrate ./my-model --out ./my-model/kvsplice --text my-domain.txt --max-ppl-increase 1%`
 
-    `kvsplice calibrate ./my-model --out ./my-model/kvsplice --plan configs/manual.json`
+    `kvsplice calibrate ./my-model --out ./my-model/kvsplice --plan configs/manual_gpt2.json`
     """
     from calibration.pipeline import calibrate as run
     from vllm_kvsplice.artifact import check_target
