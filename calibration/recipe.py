@@ -42,7 +42,7 @@ class CalibrationConfig(PlannerSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_size(cls, settings: Any) -> Any:
+    def _sound(cls, settings: Any) -> Any:
         sizes = [name for name in SIZES if settings.get(name) is not None]
         if len(sizes) > 1:
             raise ValueError(f"give {sizes[0]} or {sizes[1]}, not both")
