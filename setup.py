@@ -60,8 +60,11 @@ setup(
     description="Calibrated, compressed KV cache for vLLM: 4-5x more tokens in the same memory",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["vllm_kvsplice", "vllm_kvsplice.*", "calibration"]),
-    package_data={"vllm_kvsplice": ["py.typed", "engines/cpu/*.h", "engines/cpu/*.cpp"]},
+    packages=find_packages(include=["vllm_kvsplice", "vllm_kvsplice.*", "calibration", "calibration.*"]),
+    package_data={
+        "calibration.fim": ["report.html"],
+        "vllm_kvsplice": ["py.typed", "engines/cpu/*.h", "engines/cpu/*.cpp"],
+    },
     # vllm itself is not named here: pip would replace a CPU or ROCm build by the CUDA one. See requirements/.
     install_requires=[
         "torch",
@@ -72,7 +75,10 @@ setup(
         "rich",
         "datasets",
         "huggingface_hub",
+        "pandas",
+        "plotly",
     ],
+    extras_require={"wandb": ["wandb"]},
     entry_points={
         "console_scripts": ["kvsplice = vllm_kvsplice.cli:main"],
         "vllm.general_plugins": ["kvsplice = vllm_kvsplice:register"],
