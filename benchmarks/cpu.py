@@ -21,7 +21,8 @@ from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from tests.codecs import make_codec
-from vllm_kvsplice.engines import Batch, Window, get_engine
+from vllm_kvsplice.engines import Batch, Window
+from vllm_kvsplice.engines.cpu import CpuEngine
 
 OUT = Path("build/bench/cpu.json")
 SHAPES = {"9/3x64": (9, 3, 64), "12/12x64": (12, 12, 64), "32/8x128": (32, 8, 128), "16/2x128": (16, 2, 128)}
@@ -79,10 +80,10 @@ class Load:
         return 1 + self.sequences * -(-self.context // BLOCK)
 
 
-def stock(load: Load, cache_dtype: str) -> Callable[[], None]:
-    """Stock attention over all layers, called as `CPUAttentionBackendImpl.forward` does."""
+def stock(load: Load, cache_dtype: str, stock_isa: str | None) -> Callable[[], None]:
+    """Stock attention over all layers, called as `CPUAttentionBackendImpl.forward` does; in its own choice of kernels."""
     heads, kv_heads, dim = load.dims
-    isa = _get_attn_isa(torch.bfloat16, BLOCK, dim, cache_dtype)
+    isa = stock_isa or _get_attn_isa(torch.bfloat16, BLOCK, dim, cache_dtype)
     storage = torch.bfloat16 if cache_dtype == "auto" else torch.uint8
     caches = []
     for _ in range(load.layers):
@@ -113,7 +114,7 @@ def fill_stock(load: Load, cache: tuple[Tensor, Tensor], isa: str, cache_dtype: 
         ops.cpu_attn_reshape_and_cache(*tokens, *cache, slots, isa, kv_cache_dtype=cache_dtype)
 
 
-def ours(load: Load, engine: str = "cpu") -> Callable[[], None]:
+def ours(load: Load, engine: CpuEngine) -> Callable[[], None]:
     """The same over packed pages and an exact window."""
     _, kv_heads, dim = load.dims
     codec = make_codec(kv_heads, dim, widths=WIDTHS)
@@ -121,20 +122,20 @@ def ours(load: Load, engine: str = "cpu") -> Callable[[], None]:
     pages = [torch.randint(256, shape, dtype=torch.uint8) for _ in range(load.layers)]
     raw_table = load.table(WINDOW_BLOCK)
     raw = torch.randn(int(raw_table.max()) + 1, kv_heads, WINDOW_BLOCK, 2 * dim, dtype=torch.bfloat16)
-    window, kernels = Window(WINDOW, raw, raw_table), get_engine(engine)
-    batch = Batch(load.starts, load.lengths, load.table(BLOCK))
+    window = Window(WINDOW, raw, raw_table)
+    batch, output = Batch(load.starts, load.lengths, load.table(BLOCK)), torch.empty_like(load.query)
 
     def run() -> None:
         for layer in pages:
-            kernels.attend(codec, load.query, layer, batch, dim**-0.5, window)
+            engine.attend(codec, load.query, layer, batch, dim**-0.5, window, output)
 
     return run
 
 
-def encoding(load: Load) -> Callable[[], None]:
+def encoding(load: Load, engine: CpuEngine) -> Callable[[], None]:
     """Writing one decode step's tokens of every layer."""
     _, kv_heads, dim = load.dims
-    codec, engine = make_codec(kv_heads, dim, widths=WIDTHS), get_engine("cpu")
+    codec = make_codec(kv_heads, dim, widths=WIDTHS)
     pages = torch.zeros(load.blocks, codec.layout.token_bytes, BLOCK, dtype=torch.uint8)
     key, value = torch.randn(2, load.tokens, kv_heads, dim, dtype=torch.bfloat16)
     positions = torch.full((load.tokens,), load.context - 1)
@@ -174,14 +175,17 @@ def row(bench: str, case: str, stock_ms: float, ours_ms: float) -> dict[str, obj
     return found
 
 
-def compare(bench: str, load: Load, seconds: float) -> list[dict[str, object]]:
+def compare(bench: str, load: Load, seconds: float, no_amx: bool) -> list[dict[str, object]]:
     """Rows against stock bf16 and fp8."""
+    engine, stock_isa = CpuEngine("avx512" if no_amx else None), "vec" if no_amx else None
     where = f"{load.shape} {load.sequences}x{load.context}"
-    bf16, fp8, own = medians([stock(load, "auto"), stock(load, "fp8"), ours(load)], load.layers, seconds)
+    bf16, fp8, own = medians(
+        [stock(load, "auto", stock_isa), stock(load, "fp8", stock_isa), ours(load, engine)], load.layers, seconds
+    )
     rows = [row(bench, f"{where} bf16", bf16, own), row(bench, f"{where} fp8", fp8, own)]
     if bench == "decode":
         # Here `stock` is the decode step of our own engine: the row says how many times over it could encode.
-        (encode,) = medians([encoding(load)], load.layers, seconds / 4)
+        (encode,) = medians([encoding(load, engine)], load.layers, seconds / 4)
         rows.append(row("encode", f"{where} of a decode step", own, encode))
     return rows
 
@@ -191,15 +195,18 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a case's name")
     parser.add_argument("--seconds", type=float, default=4.0, help="of measurement a case")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no-amx", action="store_true", help="both sides as on processors with AVX-512 alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    # Threads inherit the permission to use AMX tiles, which stock takes where the processor has them.
+    torch.cpu._init_amx()
     loads = [("decode", Load(shape, n, 1, context)) for shape in SHAPES for n, context in DECODE]
     loads += [("prefill", Load(shape, 1, CHUNK, CONTEXT + CHUNK)) for shape in SHAPES]
     print(f"{'bench':8} {'case':32} {'stock':>9} {'ours':>9} {'ratio':>7}")
     rows = []
     for bench, load in loads:
         if options.only in f"{bench} {load.shape} {load.sequences}x{load.context}":
-            rows += compare(bench, load, options.seconds)
+            rows += compare(bench, load, options.seconds, options.no_amx)
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(rows, indent=1))
 

@@ -1,4 +1,7 @@
-"""A tap on the attention of any Hugging Face causal LM: see, or replace, the keys and values a layer attends to."""
+"""A tap on the attention of any Hugging Face causal LM: see, or replace, the keys and values a layer attends to.
+
+`tapped` puts other keys and values in their place; `watched` only looks, at queries as well.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +21,8 @@ ATTENTION = "kvsplice"
 
 # (layer index, key, value) -> (key, value); keys are rotated, tensors are [batch, H, T, D].
 Tap = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+# (layer index, query [batch, G * H, T, D], key [batch, H, T, D], factor of their products), both rotated.
+Watch = Callable[[int, Tensor, Tensor, float], None]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Reading:
 AS_STORED = Reading()
 
 _active: list[tuple[Tap, Reading]] = []
+_watching: list[Watch] = []
 
 
 def _tapped_attention(
@@ -57,7 +63,10 @@ def _tapped_attention(
     if options.get("softcap") is not None:
         raise KVSpliceError("this model caps its attention logits, which KVSplice does not support")
     # Layers with a sliding window keep their dense cache in the server, so nothing is measured or changed there.
-    if _active and options.get("sliding_window") is None:
+    full = options.get("sliding_window") is None
+    if _watching and full:
+        _watching[-1](module.layer_idx, query, key, options.get("scaling") or query.shape[-1] ** -0.5)
+    if _active and full:
         tap, reading = _active[-1]
         stored = tap(module.layer_idx, key, value)
         if reading == AS_STORED:
@@ -96,3 +105,21 @@ def tapped(model: PreTrainedModel, tap: Tap, reading: Reading = AS_STORED) -> It
         yield
     finally:
         _active.pop()
+
+
+@contextmanager
+def watched(model: PreTrainedModel, watch: Watch) -> Iterator[None]:
+    """Within this block, `watch` sees what every full-attention layer of `model` attends with; text must not be padded.
+
+    Works with any attention implementation the model was loaded with, which it has again afterwards.
+    """
+    before = model.config._attn_implementation
+    if before != ATTENTION:
+        model.set_attn_implementation(ATTENTION)
+    _watching.append(watch)
+    try:
+        yield
+    finally:
+        _watching.pop()
+        if before != ATTENTION:
+            model.set_attn_implementation(before)

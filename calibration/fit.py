@@ -1,6 +1,5 @@
 """`pca`: the closed-form codec. A Fisher-weighted Karhunen-Loeve transform and Lloyd-Max codebooks in whole numbers."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,27 +72,46 @@ class Codebooks:
         return chosen
 
 
-def fit_pca(statistics: Statistics, plan: Callable[[Tensor], Plan]) -> FittedCodec:
-    """Fit transforms, codebooks and sinks; `plan` chooses widths from distortions [2, L, H, G, 9]."""
-    kinds = {"key": statistics.key, "value": statistics.value}
-    transforms = {name: weighted_klt(kind) for name, kind in kinds.items()}
-    codebooks = {name: fit_codebooks(kind, transforms[name]) for name, kind in kinds.items()}
-    chosen = plan(torch.stack([book.distortion for book in codebooks.values()]))
-    tensors: dict[str, Tensor] = {}
-    for (name, kind), widths in zip(kinds.items(), chosen.widths, strict=True):
-        levels = codebooks[name].of(widths)
-        sink, scale = fit_sinks(kind, transforms[name])
-        on = (widths > 0).repeat_interleave(GROUP, -1).float()
-        unit = codebooks[name].unit_of(widths)
-        tensors |= {
-            f"{name}.mean": kind.mean,
-            f"{name}.analysis": transforms[name].analysis * (on / unit)[..., None],
-            f"{name}.synthesis": transforms[name].synthesis * (on * unit)[..., None, :],
-            f"{name}.levels": pack_levels(levels, widths.tolist()),
-            f"{name}.sink": sink,
-            f"{name}.sink_scale": scale,
-        }
-    return FittedCodec(chosen, tensors)
+@dataclass(frozen=True)
+class PcaFit:
+    """Transforms and codebooks for every width, of keys and values: what a plan chooses from."""
+
+    statistics: Statistics
+    transforms: dict[str, Transform]
+    codebooks: dict[str, Codebooks]
+
+    @classmethod
+    def of(cls, statistics: Statistics) -> "PcaFit":
+        transforms = {name: weighted_klt(kind) for name, kind in _kinds(statistics).items()}
+        codebooks = {name: fit_codebooks(kind, transforms[name]) for name, kind in _kinds(statistics).items()}
+        return cls(statistics, transforms, codebooks)
+
+    @property
+    def distortion(self) -> Tensor:
+        """Fisher-weighted squared error of each group at widths 0..8, [2, L, H, G, 9]."""
+        return torch.stack([book.distortion for book in self.codebooks.values()])
+
+    def codec(self, plan: Plan) -> FittedCodec:
+        """What an artifact holds under `plan`."""
+        tensors: dict[str, Tensor] = {}
+        for (name, kind), widths in zip(_kinds(self.statistics).items(), plan.widths, strict=True):
+            transform, codebooks = self.transforms[name], self.codebooks[name]
+            sink, scale = fit_sinks(kind, transform)
+            on = (widths > 0).repeat_interleave(GROUP, -1).float()
+            unit = codebooks.unit_of(widths)
+            tensors |= {
+                f"{name}.mean": kind.mean,
+                f"{name}.analysis": transform.analysis * (on / unit)[..., None],
+                f"{name}.synthesis": transform.synthesis * (on * unit)[..., None, :],
+                f"{name}.levels": pack_levels(codebooks.of(widths), widths.tolist()),
+                f"{name}.sink": sink,
+                f"{name}.sink_scale": scale,
+            }
+        return FittedCodec(plan, tensors)
+
+
+def _kinds(statistics: Statistics) -> dict[str, KindStatistics]:
+    return {"key": statistics.key, "value": statistics.value}
 
 
 def weighted_klt(statistics: KindStatistics) -> Transform:
@@ -103,7 +121,7 @@ def weighted_klt(statistics: KindStatistics) -> Transform:
     z = diag(e)^-1/2 U^T A u: uncorrelated, of unit variance, and squared errors in them add up to u's Fisher-weighted
     squared error (the KLT is optimal for a weighted square error: Gray & Neuhoff, Quantization, 1998).
     """
-    covariance = _covariance(statistics.residual)
+    covariance = residual_covariance(statistics.residual)
     eigenvalues, vectors = torch.linalg.eigh(statistics.fisher.double())
     eigenvalues = eigenvalues.clamp_min(0)
     eigenvalues = eigenvalues + FISHER_FLOOR * eigenvalues.mean(-1, keepdim=True).clamp_min(1e-30)
@@ -118,7 +136,7 @@ def weighted_klt(statistics: KindStatistics) -> Transform:
     return Transform(analysis.float(), synthesis.float(), variance.float())
 
 
-def _covariance(residual: Tensor) -> Tensor:
+def residual_covariance(residual: Tensor) -> Tensor:
     """[L, H, D, D] in float64, one layer at a time; `residual` has its mean removed already."""
     return torch.stack([(x.float().mT @ x.float() / x.shape[1]).double() for x in residual])
 

@@ -4,22 +4,30 @@ import datetime
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from calibration import fit
 from calibration.attention import AS_STORED, Reading
 from calibration.evaluate import Evaluation, Mode, evaluate
+from calibration.fim.attention import CONTEXT as FIM_CONTEXT
+from calibration.fim.attention import WINDOWS as FIM_WINDOWS
+from calibration.fim.attention import attention_spectra, by_head
+from calibration.fim.runs import read_runs
+from calibration.fit import PcaFit
 from calibration.models import fast_dtype, load_model, longest_context, rotary_of
 from calibration.plan import Plan, budget_for_bits, plan_budget
+from calibration.planners import Evidence, make_plan
+from calibration.planners.files import PlanFile, describe
+from calibration.planners.search import CURVE_BITS, search_bits
+from calibration.planners.tiers import Metrics
+from calibration.recipe import CalibrationConfig
 from calibration.statistics import Statistics, collect, fingerprint, load_statistics, save_statistics
 from calibration.text import Corpus, calibration_windows, load_corpus, token_windows
 from vllm_kvsplice.artifact import (
@@ -39,75 +47,101 @@ from vllm_kvsplice.rotary import Rotary
 
 # Held-out windows behind the quality that an artifact carries; `kvsplice eval` measures more.
 QUALITY_WINDOWS = 2
-DEFAULT_BITS = 4.0
+# Others, on which a size is searched for: what was fitted to is no judge.
+SEARCH_WINDOWS = 2
 DEFAULT_CONTEXT = 1024
 PACKAGES = ("vllm-kvsplice", "torch", "transformers")
 
 console = Console(stderr=True)
 
 
-class CalibrationConfig(BaseModel):
-    """A recipe, as in `configs/`; unknown keys are errors.
+@dataclass(frozen=True)
+class Study:
+    """A model that was measured: what plans are made from.
 
     Attributes:
-        bits: average bits per key and value element, 1.5 to 8. budget: bytes per token over all layers instead.
-        text: `pydoc`, `wikitext`, a file or a directory.
-        tokens: to measure on. seed: of all sampling.
-        context: tokens per window; by default 1024, or all that the model reads.
+        name: directory or Hub name.
+        model: loaded for measurements, not for judging.
+        rotary: its rotary embedding, None without.
+        corpus: the text.
+        windows, held_out: token ids [W, T] that were measured, and to judge on.
+        statistics: the measurements.
+        config: the recipe.
 
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    bits: float | None = Field(default=None, ge=1.5, le=8)
-    budget: int | None = Field(default=None, ge=1)
-    text: str = "pydoc"
-    tokens: int = Field(default=16384, ge=256)
-    context: int | None = Field(default=None, ge=16)
-    seed: int = Field(default=0, ge=0, lt=1 << 63)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_size(cls, settings: Any) -> Any:
-        sizes = [name for name in ("bits", "budget") if settings.get(name) is not None]
-        if len(sizes) == 2:
-            raise ValueError("give bits or budget, not both")
-        return settings if sizes else {**settings, "bits": DEFAULT_BITS}
+    name: str
+    model: PreTrainedModel
+    rotary: Rotary | None
+    corpus: Corpus
+    windows: Tensor
+    held_out: Tensor
+    statistics: Statistics
+    config: CalibrationConfig
 
     @property
-    def requested(self) -> str:
-        return f"{self.bits:g} bits" if self.bits is not None else f"{self.budget} bytes per token"
+    def shape(self) -> ModelShape:
+        return ModelShape.of(self.model.config)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's numbers of the layers that are compressed."""
+        return self.statistics.layers
+
+    @property
+    def dense_layers(self) -> int:
+        return self.shape.num_layers - len(self.layers)
+
+    @cached_property
+    def fit(self) -> PcaFit:
+        """Transforms and codebooks."""
+        with console.status("Fitting transforms and codebooks"):
+            return PcaFit.of(self.statistics)
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        return Evidence(self.fit.distortion, self.layers, lambda: self.attention_metrics)
+
+    def budget_for(self, bits: float) -> int:
+        """Bytes per token of the compressed layers at `bits` per element."""
+        return budget_for_bits(bits, self.evidence.distortion[..., 0].numel())
+
+    def artifact(self, plan: Plan) -> Artifact:
+        """The model's artifact under `plan`, not judged yet."""
+        rotary = self.rotary
+        return make_artifact(
+            Manifest(
+                model=self.shape,
+                rotary=RotaryShape(pairs=len(rotary.inv_freq), interleaved=rotary.interleaved) if rotary else None,
+                layers=_layer_plans(plan, self.layers, self.shape.num_layers),
+                provenance=_provenance(self, plan),
+                quality=None,
+                tensors_sha256="0" * 64,
+            ),
+            self.fit.codec(plan).tensors | ({"rotary.inv_freq": rotary.inv_freq} if rotary else {}),
+        )
+
+    @cached_property
+    def attention_metrics(self) -> Metrics:
+        """From the recipe's file, or measured on a few short windows."""
+        if self.config.fim:
+            return read_runs(self.config.fim)[0].heads()
+        return by_head(self.attention_spectra)
+
+    @cached_property
+    def attention_spectra(self) -> dict[int, Tensor]:
+        """Eigenvalues of every layer's attention Fisher matrices, [query heads, T], on a few short windows."""
+        windows = self.windows[:FIM_WINDOWS, :FIM_CONTEXT]
+        with steps("Measuring the Fisher information of attention", len(windows)) as progress:
+            return attention_spectra(self.model, windows, progress)
 
 
-def read_config(path: Path | None, **options: Any) -> CalibrationConfig:
-    """The recipe in a YAML file, with the options given on the command line (those not None) in place of its own.
-
-    Raises:
-        KVSpliceError: the file is missing or not a mapping, or a value is out of range.
-
-    """
-    try:
-        recipe = yaml.safe_load(path.read_text()) or {} if path else {}
-        if not isinstance(recipe, dict):
-            raise KVSpliceError(f"{path} is not a mapping of settings")
-        given = {name: value for name, value in options.items() if value is not None}
-        if {"bits", "budget"} & set(given):
-            recipe = {name: value for name, value in recipe.items() if name not in ("bits", "budget")}
-        return CalibrationConfig.model_validate(recipe | given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise KVSpliceError(f"setting {'.'.join(map(str, first['loc'])) or 'bits'}: {first['msg']}") from error
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise KVSpliceError(f"cannot read the recipe {path} ({error})") from error
-
-
-def calibrate(model_name: str, out: Path, config: CalibrationConfig, statistics_file: Path | None = None) -> Artifact:
-    """Calibrate a model and write its artifact to `out`.
+def study(model_name: str, config: CalibrationConfig, statistics_file: Path | None = None) -> Study:
+    """Measure a model as `config` says.
 
     Args:
         model_name: directory or Hub name of a Hugging Face causal LM.
-        out: the artifact's directory, replaced if it holds one.
-        config: what to measure on and how large the result may be.
+        config: what to measure on.
         statistics_file: measurements are kept here, and used from here when they fit model, text and seed.
 
     Raises:
@@ -125,22 +159,69 @@ def calibrate(model_name: str, out: Path, config: CalibrationConfig, statistics_
         raise KVSpliceError(f"windows of {context} tokens exceed the {longest} the model reads; lower --context")
     rotary = rotary_of(model)
     windows = calibration_windows(tokenizer, corpus.fit, max(1, config.tokens // context), context)
-    held_out = token_windows(tokenizer, corpus.held_out, QUALITY_WINDOWS, context)
+    searched = SEARCH_WINDOWS if config.max_ppl_increase is not None else 0
+    held_out = token_windows(tokenizer, corpus.held_out, QUALITY_WINDOWS + searched, context)
     statistics = _measure(model, windows, rotary, config.seed, statistics_file)
-    with console.status("Fitting the codec"):
-        codec = fit.fit_pca(statistics, lambda distortion: _plan(distortion, config, shape, statistics.layers))
-    artifact = make_artifact(
-        Manifest(
-            model=shape,
-            rotary=RotaryShape(pairs=len(rotary.inv_freq), interleaved=rotary.interleaved) if rotary else None,
-            layers=_layer_plans(codec.plan, statistics.layers, shape.num_layers),
-            provenance=_provenance(model_name, corpus, config, windows),
-            quality=None,
-            tensors_sha256="0" * 64,
-        ),
-        codec.tensors | ({"rotary.inv_freq": rotary.inv_freq} if rotary else {}),
-    )
-    return save_artifact(artifact.with_quality(_judge(model_name, artifact, held_out)), out)
+    return Study(model_name, model, rotary, corpus, windows, held_out, statistics, config)
+
+
+def choose(measured: Study) -> Plan:
+    """The plan that the recipe asks for; dense layers have no part in it, except that a byte budget pays for them first."""
+    config = measured.config
+    if config.max_ppl_increase is not None:
+        return _cheapest(measured, config.max_ppl_increase / 100)
+    budget = measured.budget_for(config.bits) if config.bits is not None else config.budget
+    if config.budget is not None:
+        shape = measured.shape
+        budget = config.budget - measured.dense_layers * 4 * shape.num_kv_heads * shape.head_dim
+    return make_plan(measured.evidence, config, budget)
+
+
+def _cheapest(measured: Study, limit: float) -> Plan:
+    """The smallest plan under which perplexity grows by at most `limit`, both as expected and as measured.
+
+    A few windows of text are a noisy judge, and the expectation is a good one where limits usually are (docs/planning.md).
+    """
+    windows = measured.held_out[QUALITY_WINDOWS:]
+    if not len(windows):
+        raise KVSpliceError("the text is too short to search on; give more text or a lower --context")
+
+    def plan(bits: float) -> Plan:
+        return make_plan(measured.evidence, measured.config, measured.budget_for(bits))
+
+    def increase(bits: float) -> float:
+        tried = plan(bits)
+        evaluation = judge(measured.name, measured.artifact(tried), windows, "all", f"Trying {bits:.3f} bits")
+        expected = 100 * tried.expected_increase
+        console.print(f"Perplexity: expected {expected:+.2f} %, measured {evaluation.change_percent:+.2f} %")
+        return max(expected, evaluation.change_percent) / 100
+
+    return plan(search_bits(increase, limit))
+
+
+def plan(model_name: str, config: CalibrationConfig, statistics_file: Path | None = None) -> PlanFile:
+    """Measure a model and plan, without judging or writing anything; arguments and errors as of `study`."""
+    measured = study(model_name, config, statistics_file)
+    return described(measured, choose(measured))
+
+
+def described(measured: Study, chosen: Plan) -> PlanFile:
+    """`chosen` with what to expect of it and of other sizes."""
+    dense = measured.dense_layers * 4 * measured.shape.num_kv_heads * measured.shape.head_dim
+    plans = [plan_budget(measured.evidence.distortion, measured.budget_for(bits)) for bits in CURVE_BITS]
+    curve = [(p.bytes_per_token + dense, p.expected_increase) for p in plans]
+    return describe(chosen, measured.layers, short_name(measured.name), measured.dense_layers, curve)
+
+
+def calibrate(model_name: str, out: Path, config: CalibrationConfig, statistics_file: Path | None = None) -> Artifact:
+    """Calibrate a model, write its artifact to `out`, replacing one that is there, and return it.
+
+    Other arguments and errors as of `study`.
+    """
+    measured = study(model_name, config, statistics_file)
+    artifact = measured.artifact(choose(measured))
+    quality = _judge(model_name, artifact, measured.held_out[:QUALITY_WINDOWS])
+    return save_artifact(artifact.with_quality(quality), out)
 
 
 @contextmanager
@@ -167,15 +248,6 @@ def _measure(
     return statistics
 
 
-def _plan(distortion: Tensor, config: CalibrationConfig, shape: ModelShape, layers: tuple[int, ...]) -> Plan:
-    """Spend what the recipe allows; dense layers have no part in it, except that a byte budget pays for them first."""
-    if config.budget is None:
-        assert config.bits is not None
-        return plan_budget(distortion, budget_for_bits(config.bits, distortion[..., 0].numel()))
-    dense = (shape.num_layers - len(layers)) * 4 * shape.num_kv_heads * shape.head_dim
-    return plan_budget(distortion, config.budget - dense)
-
-
 def _layer_plans(plan: Plan, layers: tuple[int, ...], num_layers: int) -> tuple[LayerPlan | None, ...]:
     rows = {
         layer: LayerPlan(key=_nested(plan.widths[0, row]), value=_nested(plan.widths[1, row]))
@@ -188,17 +260,23 @@ def _nested(widths: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in widths.tolist())
 
 
-def _provenance(model: str, corpus: Corpus, config: CalibrationConfig, windows: Tensor) -> Provenance:
+def short_name(model: str) -> str:
+    """A path on the machine that calibrated means nothing elsewhere."""
+    return Path(model).name if Path(model).exists() else model
+
+
+def _provenance(measured: Study, plan: Plan) -> Provenance:
     return Provenance(
-        # A path on the machine that calibrated means nothing elsewhere.
-        model=Path(model).name if Path(model).exists() else model,
-        text=corpus.name,
-        text_sha256=corpus.sha256,
-        tokens=windows.numel(),
-        context=windows.shape[1],
-        seed=config.seed,
+        model=short_name(measured.name),
+        text=measured.corpus.name,
+        text_sha256=measured.corpus.sha256,
+        tokens=measured.windows.numel(),
+        context=measured.windows.shape[1],
+        seed=measured.config.seed,
         fit="pca",
-        requested=config.requested,
+        planner=plan.planner,
+        requested=measured.config.requested,
+        expected_change_percent=100 * plan.expected_increase,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
     )

@@ -5,6 +5,7 @@ heads and kinds are in one currency and one budget serves them all (Cover & Thom
 section 10.3.3, with measured rate-distortion curves in place of the Gaussian's).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +17,51 @@ from vllm_kvsplice.layout import GROUP, MAX_WIDTH, TOKEN_ALIGNMENT
 
 @dataclass(frozen=True)
 class Plan:
-    """Widths in bits, int64 [2, L, H, G] (keys, then values), and the distortion they are expected to leave."""
+    """What every planner gives (`calibration.planners`) and calibration takes.
+
+    Attributes:
+        widths: in bits, int64 [2, L, H, G] (keys, then values).
+        distortion: Fisher-weighted squared error that they are expected to leave per token, in nats.
+        planner: what chose them.
+        reasons: why, one sentence for each head, [L][H].
+
+    """
 
     widths: Tensor
     distortion: float
+    planner: str = "budget"
+    reasons: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def layer_bytes(self) -> Tensor:
+        """Bytes of one token in each layer, padding included, int64 [L]."""
+        steps = (self.widths.sum((0, 2, 3)) + TOKEN_ALIGNMENT - 1) // TOKEN_ALIGNMENT
+        return steps.clamp_min(1) * TOKEN_ALIGNMENT
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token in all L layers, padding included."""
-        per_layer = self.widths.sum((0, 2, 3))
-        return int(((per_layer + TOKEN_ALIGNMENT - 1) // TOKEN_ALIGNMENT).clamp_min(1).sum()) * TOKEN_ALIGNMENT
+        return int(self.layer_bytes.sum())
+
+    @property
+    def expected_increase(self) -> float:
+        """Relative growth of perplexity that the distortion stands for (0.01 is 1 %).
+
+        To second order an error e in a key or value costs e^T G e / 2 nats, G its Fisher matrix (docs/planning.md has the
+        expectation beside measurements).
+        """
+        return math.expm1(self.distortion / 2)
+
+
+def left_by(distortion: Tensor, widths: Tensor) -> float:
+    """Distortion that `widths` [2, L, H, G] leave of what is possible [2, L, H, G, 9]."""
+    return float(distortion.gather(-1, widths[..., None]).sum())
+
+
+def spread(code_bytes: int, groups: int) -> Tensor:
+    """Widths [G] of a head that takes `code_bytes` a token, as even as whole bits allow: the strongest latents first."""
+    width, more = divmod(code_bytes, groups)
+    return torch.tensor([width + 1] * more + [width] * (groups - more))
 
 
 def budget_for_bits(bits: float, num_groups: int) -> int:
@@ -66,5 +102,5 @@ def plan_budget(distortion: Tensor, budget_bytes: int) -> Plan:
     bits = torch.zeros_like(gains, dtype=torch.int64)
     bits.scatter_(1, order.indices, bought.repeat_interleave(TOKEN_ALIGNMENT, 1).long())
     widths = bits.unflatten(1, (-1, MAX_WIDTH)).sum(-1)
-    left = per_layer.gather(-1, widths[..., None]).sum()
-    return Plan(widths.view(layers, kinds, heads, groups).transpose(0, 1).contiguous(), float(left))
+    widths = widths.view(layers, kinds, heads, groups).transpose(0, 1).contiguous()
+    return Plan(widths, left_by(distortion, widths))

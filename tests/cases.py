@@ -135,12 +135,12 @@ def make_artifact(codec: LayerCodec, group: int) -> Artifact:
         vocab_size=17,
         rope="null",
     )
-    words = dict.fromkeys(("model", "text", "text_sha256", "fit", "requested", "created"), "-")
+    words = dict.fromkeys(("model", "text", "text_sha256", "fit", "planner", "requested", "created"), "-")
     manifest = Manifest(
         model=shape,
         rotary=RotaryShape(pairs=len(rotary.inv_freq), interleaved=rotary.interleaved) if rotary else None,
         layers=(LayerPlan(key=codec.layout.key, value=codec.layout.value),),
-        provenance=Provenance(**words, tokens=1, context=1, seed=0, versions={}),
+        provenance=Provenance(**words, expected_change_percent=0.0, tokens=1, context=1, seed=0, versions={}),
         quality=None,
         tensors_sha256="0" * 64,
     )

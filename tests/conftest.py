@@ -1,15 +1,19 @@
 """Session-wide fixtures: the real model, artifacts of it, and running servers. Each is made once, when first asked for."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 import tests.engines.device  # noqa: F401  before anything imports Triton
 from benchmarks.server import Server, running
 from calibration.models import default_model
-from calibration.pipeline import CalibrationConfig, calibrate
+from calibration.pipeline import calibrate
+from calibration.recipe import CalibrationConfig
 
 # Servers of the tests are small: what they hold is a few thousand tokens.
 MEMORY = {"VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -59,3 +63,20 @@ def _starter(folder: Path) -> Iterator[Callable[..., Server]]:
             return stack.enter_context(running(command, log, MEMORY | environment))
 
         yield begin
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The headless Chromium that `make test` installs beside the packages."""
+    home = Path(sys.prefix) / "browser"
+    if not (home / "chromium").exists():
+        pytest.fail(f"there is no browser in {home}; install it with: make {home}/chromium")
+    fonts = tmp_path_factory.mktemp("fonts") / "fonts.conf"
+    fonts.write_text(f"<fontconfig><dir>{home / 'fonts'}</dir><cachedir>{fonts.parent}</cachedir></fontconfig>")
+    environment = os.environ | {"LD_LIBRARY_PATH": str(home / "al2023/lib"), "FONTCONFIG_FILE": str(fonts)}
+    with sync_playwright() as playwright:
+        # Chromium's own sandbox refuses to start for root, which is what tests in containers run as.
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=home / "chromium", env=environment, args=options)
+        yield browser
+        browser.close()

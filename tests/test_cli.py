@@ -1,12 +1,16 @@
 """The command line as a user types it, on a tiny model."""
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 from typer.testing import CliRunner
 
+from calibration.evaluate import Evaluation
 from tests.models import TEXT, tiny_model
+from vllm_kvsplice.artifact import Artifact, load_artifact
 from vllm_kvsplice.cli import app
 from vllm_kvsplice.errors import KVSpliceError
 
@@ -51,3 +55,134 @@ def test_a_recent_window_as_long_as_the_context_leaves_nothing_compressed(folder
 def test_an_exact_prompt_must_leave_something_to_judge(folder: Path) -> None:
     with pytest.raises(KVSpliceError, match="--exact-prompt 48 leaves nothing to judge of windows of 48"):
         judge(folder, "--exact-prompt", 48)
+
+
+class TestPlanning:
+    @pytest.fixture(scope="class")
+    def planned(self, folder: Path) -> Path:
+        """A plan of `budget` at 3 bits."""
+        text = ("--text", folder / "text.txt", *SMALL)
+        run("plan", folder / "model", *text, "--bits", 3, "--out", folder / "plan.json")
+        return folder / "plan.json"
+
+    def calibrate(self, folder: Path, name: str, *options: object) -> Path:
+        text = ("--text", folder / "text.txt", *SMALL)
+        run("calibrate", folder / "model", "--out", folder / name, *text, *options)
+        return folder / name
+
+    def test_calibration_takes_a_plan_as_it_stands(self, folder: Path, planned: Path) -> None:
+        content = json.loads(planned.read_text())
+        content["layers"][1]["heads"][0]["key"] = [8, 0, 0, 8]
+        edited = folder / "edited.json"
+        edited.write_text(json.dumps(content))
+        artifact = load_artifact(self.calibrate(folder, "edited", "--plan", edited))
+        layers = [[(h["key"], h["value"]) for h in layer["heads"]] for layer in content["layers"]]
+        made = [[(list(k), list(v)) for k, v in zip(p.key, p.value, strict=True)] for p in artifact.manifest.layers]
+        assert made == layers
+        assert artifact.manifest.provenance.planner == "budget"
+
+    def test_a_plan_tells_what_to_expect(self, folder: Path, planned: Path) -> None:
+        content = json.loads(planned.read_text())
+        artifact = load_artifact(self.calibrate(folder, "three", "--bits", 3))
+        assert content["bytes_per_token"] == artifact.bytes_per_token
+        expected = artifact.manifest.provenance.expected_change_percent
+        assert content["expected_percent"] == pytest.approx(expected, rel=1e-3)
+        growth = [point["expected_percent"] for point in content["curve"]]
+        assert growth == sorted(growth, reverse=True)
+        assert "expected" in run("inspect", folder / "three")
+
+    def test_a_plan_is_printed_head_by_head(self, folder: Path) -> None:
+        words = run("plan", folder / "model", "--text", folder / "text.txt", *SMALL, "--planner", "tiers", "--bits", 4)
+        assert sum("rank" in line for line in words.splitlines()) == 6
+        assert "bytes per token, 4.000 bits per" in words
+
+    def test_tiers_take_metrics_from_a_file(self, folder: Path) -> None:
+        rows = [("run_name", "layer", "head", "metric", "value")]
+        for layer in range(3):
+            for head in range(4):
+                values = {"trace": 0.99 if (layer, head) == (1, 3) else 0.5, "cond": 2e7, "eigmax": 0.1}
+                rows += [("mine", f"layer{layer}", f"head{head}", *item) for item in values.items()]
+        with (folder / "fim_summary_mine.csv").open("w", newline="") as opened:
+            csv.writer(opened).writerows(rows)
+        options = ("--planner", "tiers", "--fim", folder / "fim_summary_mine.csv")
+        artifact = load_artifact(self.calibrate(folder, "tiers", *options))
+        widths = [[list(k) for k in plan.key] for plan in artifact.manifest.layers]
+        compressed, critical = [4, 0, 0, 0], [8, 8, 8, 8]
+        assert widths == [[compressed] * 2, [compressed, critical], [compressed] * 2]
+
+    def test_a_limit_on_perplexity_finds_its_size(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        judged: list[Tensor] = []
+
+        def judge(model: str, artifact: Artifact, windows: Tensor, *_: object) -> Evaluation:
+            # A tiny random model's own perplexity does not fall with more bits.
+            judged.append(windows)
+            return Evaluation(10.0, 10 + 10 * 2**-artifact.bits_per_element, 100)
+
+        monkeypatch.setattr("calibration.pipeline.judge", judge)
+        artifact = load_artifact(self.calibrate(folder, "limited", "--max-ppl-increase", "5%"))
+        assert 4 < artifact.bits_per_element < 4.7
+        quality, provenance = artifact.manifest.quality, artifact.manifest.provenance
+        assert quality is not None
+        assert quality.change_percent <= 5
+        assert provenance.requested == "perplexity +5 % at most"
+        # What it was searched on is not what it is judged on.
+        assert not (judged[0][:, None] == judged[-1]).all(-1).any()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--bits", 3, "--max-ppl-increase", "1%"), "give bits or max_ppl_increase, not both"),
+            (("--planner", "manual"), "planner manual and a plan file go together"),
+            (("--planner", "tiers", "--plan", "plan.json"), "planner manual and a plan file go together"),
+            (("--plan", "plan.json", "--bits", 3), "has its own size; leave bits out"),
+            (("--fim", "fim.json"), "only planner tiers reads FIM metrics"),
+            (("--max-ppl-increase", "one"), "max_ppl_increase: Input should be a valid number"),
+            (("--max-ppl-increase", "-1%"), "max_ppl_increase: Input should be greater than 0"),
+        ],
+    )
+    def test_options_that_contradict_each_other_are_refused(self, folder: Path, options, message) -> None:
+        with pytest.raises(KVSpliceError, match=message):
+            run("plan", folder / "model", *options)
+
+
+class TestAnalysis:
+    @pytest.fixture(scope="class")
+    def analysis(self, folder: Path) -> Path:
+        text = ("--text", folder / "text.txt", *SMALL)
+        run("fim", folder / "model", *text, "--out", folder / "analysis", "--name", "mine")
+        return folder / "analysis"
+
+    def test_metrics_are_written_in_three_forms(self, analysis: Path) -> None:
+        assert {path.name for path in analysis.iterdir()} == {
+            "fim.txt",
+            "fim_metrics_mine.json",
+            "fim_summary_mine.csv",
+        }
+        assert "Run mine" in (analysis / "fim.txt").read_text()
+
+    def test_runs_are_read_from_files_and_compared(self, analysis: Path, folder: Path) -> None:
+        (folder / "other.csv").write_text("run_name,layer,head,metric,value\nother,layer0,head0,trace,0.9\n")
+        files = ("--import", analysis / "fim_metrics_mine.json", "--import", folder / "other.csv")
+        words = run("fim", *files, "--out", folder / "compared", "--name", "both")
+        assert "Runs compared" in words
+        assert len(json.loads((folder / "compared" / "fim_metrics_both.json").read_text())) == 2
+
+    def test_nothing_to_analyse_is_refused(self, folder: Path) -> None:
+        with pytest.raises(KVSpliceError, match="give a MODEL, --import FILE or --wandb ENTITY/PROJECT"):
+            run("fim", "--out", folder / "nothing")
+        assert not (folder / "nothing").exists()
+
+    def test_a_report_holds_what_it_was_given(self, analysis: Path, folder: Path) -> None:
+        run("plan", folder / "model", "--text", folder / "text.txt", *SMALL, "--bits", 2, "--out", folder / "two.json")
+        metrics = analysis / "fim_metrics_mine.json"
+        given = ("--fim", metrics, "--plan", folder / "two.json", "--artifact", folder / "artifact")
+        run("report", *given, "--out", folder / "report.html")
+        page = (folder / "report.html").read_text()
+        measured = load_artifact(folder / "artifact").manifest.quality
+        assert measured is not None
+        assert f"{measured.change_percent:+.2f} %" in page
+        assert "Condition against trace" in page
+
+    def test_a_report_of_nothing_is_refused(self, folder: Path) -> None:
+        with pytest.raises(KVSpliceError, match="give --fim FILE, --plan FILE or both"):
+            run("report", "--out", folder / "report.html")

@@ -29,6 +29,8 @@ print(json.dumps([sorted(asked), sorted(loaded)]))
 MODULES = [
     *("vllm_kvsplice.artifact", "vllm_kvsplice.codec", "vllm_kvsplice.layout", "vllm_kvsplice.rotary"),
     *("vllm_kvsplice.engines", "vllm_kvsplice.engines.reference", "calibration.pipeline"),
+    *("calibration.planners", "calibration.fim.measure", "calibration.fim.report", "calibration.fim.tracking"),
+    "calibration.fim.callback",
 ]
 
 
@@ -56,7 +58,7 @@ def test_codec_and_calibration_ask_for_neither_vllm_nor_triton() -> None:
 
 
 def test_codec_and_calibration_work_where_vllm_and_triton_are_absent() -> None:
-    imports("-vllm", "-triton", *MODULES)
+    imports("-vllm", "-triton", "-wandb", *MODULES)
 
 
 def test_the_artifact_alone_loads_no_triton() -> None:

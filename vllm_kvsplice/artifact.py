@@ -108,7 +108,7 @@ class Quality(_Strict):
 
 
 class Provenance(_Strict):
-    """How the artifact came to be."""
+    """How the artifact came to be. `expected_change_percent` is what the planner expected of perplexity."""
 
     model: str
     text: str
@@ -117,7 +117,9 @@ class Provenance(_Strict):
     context: int
     seed: int
     fit: str
+    planner: str
     requested: str
+    expected_change_percent: float
     created: str
     versions: dict[str, str]
 

@@ -4,18 +4,17 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from vllm_kvsplice import __version__
+from vllm_kvsplice.commands import analysis, recipes
+from vllm_kvsplice.commands.options import ArtifactDir, Model
+from vllm_kvsplice.commands.printing import console, print_summary, print_width_map
 from vllm_kvsplice.errors import KVSpliceError
-
-if TYPE_CHECKING:
-    from vllm_kvsplice.artifact import Artifact
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,8 +23,6 @@ app = typer.Typer(
     help="Compress the KV cache of vLLM: calibrate a model once, then serve it with 4-5x more tokens in the same memory.",
     epilog="Start with: `kvsplice calibrate MODEL --out MODEL/kvsplice`, then `kvsplice serve MODEL MODEL/kvsplice`.",
 )
-# Names of files and models are not markup.
-console = Console(markup=False)
 
 
 class Mode(StrEnum):
@@ -35,8 +32,10 @@ class Mode(StrEnum):
     serving = "serving"
 
 
-Model = Annotated[str, typer.Argument(help="Model directory, or name on the Hugging Face Hub.", metavar="MODEL")]
-ArtifactDir = Annotated[str, typer.Argument(help="Artifact directory, or name on the Hub.", metavar="ARTIFACT")]
+app.command()(recipes.calibrate)
+app.command()(recipes.plan)
+app.command()(analysis.fim)
+app.command()(analysis.report)
 
 
 @app.command()
@@ -48,44 +47,6 @@ def model() -> None:
     from calibration.models import default_model
 
     print(default_model())
-
-
-@app.command()
-def calibrate(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Directory of the artifact; an artifact there is replaced.")],
-    text: Annotated[
-        Optional[str], typer.Option(help="pydoc, wikitext, a file or a directory.  [default: pydoc]")
-    ] = None,
-    tokens: Annotated[Optional[int], typer.Option(help="Tokens to measure on.  [default: 16384]")] = None,
-    bits: Annotated[Optional[float], typer.Option(help="Bits per element, 1.5 to 8.  [default: 4.0]")] = None,
-    budget: Annotated[Optional[int], typer.Option(help="Bytes per token over all layers, instead of --bits.")] = None,
-    config: Annotated[
-        Optional[Path], typer.Option(help="A recipe like those in configs/; options override it.")
-    ] = None,
-    context: Annotated[Optional[int], typer.Option(help="Tokens per window of text.  [default: 1024]")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Seed of all sampling.  [default: 0]")] = None,
-    statistics: Annotated[
-        Optional[Path], typer.Option(help="Keep the measurements in this file, and use them again if they still fit.")
-    ] = None,
-) -> None:
-    """Measure a model, decide where its bits go, fit the codec, judge it, and write the artifact.
-
-    Examples:
-
-    `kvsplice calibrate HuggingFaceTB/SmolLM2-1.7B-Instruct --out smollm2-4bit --text wikitext`
-
-    `kvsplice calibrate ./my-model --out ./my-model/kvsplice --text my-domain.txt --bits 3`
-    """
-    from calibration.pipeline import calibrate as run
-    from calibration.pipeline import read_config
-    from vllm_kvsplice.artifact import check_target
-
-    recipe = read_config(config, text=text, tokens=tokens, bits=bits, budget=budget, context=context, seed=seed)
-    check_target(out)
-    artifact = run(model, out, recipe, statistics)
-    _print_summary(artifact, f"Wrote {out}")
-    console.print(f"Serve it with: kvsplice serve {model} {out}", soft_wrap=True)
 
 
 @app.command("eval")
@@ -166,8 +127,8 @@ def inspect(artifact: ArtifactDir) -> None:
     from vllm_kvsplice.serving.settings import locate_artifact
 
     loaded = load_artifact(locate_artifact(artifact, "MODEL"))
-    _print_width_map(loaded)
-    _print_summary(loaded, str(artifact))
+    print_width_map(loaded)
+    print_summary(loaded, str(artifact))
 
 
 @app.command()
@@ -245,50 +206,6 @@ def _merged_config(extra: list[str], section: dict[str, Any]) -> tuple[dict[str,
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
         raise KVSpliceError(f"--additional-config {given} is not a JSON object") from error
     return merged, rest
-
-
-def _print_summary(artifact: "Artifact", title: str) -> None:
-    manifest, shape = artifact.manifest, artifact.manifest.model
-    before, after = artifact.baseline_bytes_per_token, artifact.bytes_per_token
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_row("digest", artifact.digest[:16])
-    table.add_row(
-        "model",
-        f"{manifest.provenance.model}: {shape.num_layers} layers, "
-        f"{shape.num_heads} heads, {shape.num_kv_heads} KV heads of {shape.head_dim}",
-    )
-    dense = shape.num_layers - len(artifact.compressed_layers)
-    table.add_row("layers", f"{len(artifact.compressed_layers)} compressed, {dense} dense")
-    table.add_row("size", f"{after} bytes per token, {artifact.bits_per_element:.3f} bits per element")
-    table.add_row("instead of", f"{before} bytes per token in 16 bits: {before / after:.2f}x smaller")
-    origin = manifest.provenance
-    table.add_row("fit", f"{origin.fit}, {origin.requested}, {origin.tokens} tokens of {origin.text}, {origin.created}")
-    if manifest.quality:
-        quality = manifest.quality
-        table.add_row(
-            "quality",
-            f"perplexity {quality.baseline_ppl:.3f} -> {quality.ppl:.3f} ({quality.change_percent:+.2f} %) "
-            f"on {quality.tokens} held-out tokens",
-        )
-    console.print(table)
-
-
-def _print_width_map(artifact: "Artifact") -> None:
-    """Every layer a line, every head a run of digits: one per group of 8 latents, its width in bits."""
-    console.print("Bits of each group of 8 latents, head by head (a layer a line: bytes per token, keys | values)")
-    for index, layer in enumerate(artifact.manifest.layers):
-        line = Text(f"{index:4d}  ")
-        if layer is None:
-            line.append("dense")
-        else:
-            line.append(f"{layer.layout.token_bytes:5d}  ")
-            line.append_text(Text(" | ").join([Text(" ").join(map(_digits, k)) for k in (layer.key, layer.value)]))
-        console.print(line, soft_wrap=True)
-
-
-def _digits(widths: tuple[int, ...]) -> Text:
-    shades = ("grey50", "blue", "cyan", "green", "green", "yellow", "yellow", "red", "red")
-    return Text.assemble(*((str(width), shades[width]) for width in widths))
 
 
 def _version(wanted: bool) -> None:

@@ -50,7 +50,9 @@ PROVENANCE = Provenance(
     context=1024,
     seed=0,
     fit="random",
+    planner="budget",
     requested="4 bits",
+    expected_change_percent=2.0,
     created="2026-01-01T00:00:00Z",
     versions={"torch": "2.13.0"},
 )

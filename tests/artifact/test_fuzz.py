@@ -33,7 +33,8 @@ MODEL = dict.fromkeys(("num_layers", "num_heads", "num_kv_heads", "head_dim", "h
     "rope": str,
 }
 ROTARY = {"pairs": COUNT, "interleaved": bool}
-PROVENANCE = dict.fromkeys(("model", "text", "text_sha256", "fit", "requested", "created"), str) | {
+PROVENANCE = dict.fromkeys(("model", "text", "text_sha256", "fit", "planner", "requested", "created"), str) | {
+    "expected_change_percent": float,
     "tokens": ANY,
     "context": ANY,
     "seed": ANY,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from calibration.fit import (
     FISHER_FLOOR,
+    PcaFit,
     Transform,
     fit_codebooks,
-    fit_pca,
     fit_sinks,
     lloyd_max,
     weighted_klt,
@@ -313,7 +313,8 @@ class TestPca:
 
     @pytest.mark.parametrize("budget", [32, 64, 192])
     def test_latents_without_bits_have_no_part_in_the_codec(self, statistics, budget):
-        codec = fit_pca(statistics, lambda distortion: plan_budget(distortion, budget))
+        fitted = PcaFit.of(statistics)
+        codec = fitted.codec(plan_budget(fitted.distortion, budget))
         assert codec.plan.bytes_per_token == budget
         for name, widths in zip(("key", "value"), codec.plan.widths, strict=True):
             on = (widths > 0).repeat_interleave(GROUP, -1)
@@ -322,16 +323,11 @@ class TestPca:
             assert len(codec.tensors[f"{name}.levels"]) == sum(1 << int(w) for w in widths.flatten() if w)
 
     def test_planned_distortion_is_that_of_the_codebooks_it_exports(self, statistics):
-        seen = []
-
-        def plan(distortion: Tensor):
-            seen.append(distortion)
-            return plan_budget(distortion, 96)
-
-        codec = fit_pca(statistics, plan)
-        assert seen[0].shape == (2, 2, 3, 2, MAX_WIDTH + 1)
+        fitted = PcaFit.of(statistics)
+        assert fitted.distortion.shape == (2, 2, 3, 2, MAX_WIDTH + 1)
+        codec = fitted.codec(plan_budget(fitted.distortion, 96))
         books = fit_codebooks(statistics.key, weighted_klt(statistics.key))
-        torch.testing.assert_close(seen[0][0], books.distortion)
+        torch.testing.assert_close(fitted.distortion[0], books.distortion)
         widths = codec.plan.widths[0]
         assert books.of(widths).shape == (*widths.shape, LEVELS)
         assert torch.equal(codec.tensors["key.levels"], pack_levels(books.of(widths), widths.tolist()))

@@ -12,7 +12,8 @@ from calibration import pipeline
 from calibration.attention import AS_STORED, Reading, tapped
 from calibration.evaluate import compressing_tap, evaluate
 from calibration.models import load_model
-from calibration.pipeline import CalibrationConfig, calibrate, read_config
+from calibration.pipeline import calibrate
+from calibration.recipe import CalibrationConfig, read_config
 from calibration.text import token_windows
 from tests.models import FAMILIES, TEXT, tiny_model
 from vllm_kvsplice.artifact import Artifact, load_artifact

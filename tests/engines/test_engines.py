@@ -364,6 +364,20 @@ def test_rows_past_the_last_query_are_ignored(engine):
     assert torch.equal(output[: len(step.query)], step.attend(engine))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_output_given_is_written_in_its_dtype_and_nothing_beside_it(engine, dtype):
+    step = make_step(STEP).store(engine)
+    expected = step.attend(engine)
+    room = torch.full((len(expected) + 2, 2, *expected.shape[1:]), torch.nan, dtype=dtype)
+    output = room[1:-1, 0]
+    returned = engine.attend(step.codec, step.query, step.pages, step.batch, step.scale, step.window, output)
+    assert returned is output
+    assert torch.equal(output, expected.to(dtype))
+    assert room[0].isnan().all()
+    assert room[-1].isnan().all()
+    assert room[:, 1].isnan().all()
+
+
 GIB = 1 << 30
 
 
@@ -442,7 +456,8 @@ def plant(method: str, change: Callable[..., dict]) -> Fault:
 
     def fault(engine: Engine) -> Engine:
         def faulty(*arguments: object) -> object:
-            given = dict(zip(names, arguments, strict=True))
+            # Shorter where a trailing argument keeps its default.
+            given = dict(zip(names, arguments, strict=False))
             return getattr(engine, method)(*(given | change(**given)).values())
 
         return with_method(engine, method, faulty)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from calibration.pipeline import CalibrationConfig, calibrate
+from calibration.pipeline import calibrate
+from calibration.recipe import CalibrationConfig
 from tests.models import TEXT, tiny_model, tiny_tokenizer
 from tests.serving.requests import Answer, largest_difference
 

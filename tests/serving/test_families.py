@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.server import Server, kvsplice_command
 from calibration.models import load_model
-from calibration.pipeline import CalibrationConfig, calibrate
+from calibration.pipeline import calibrate
+from calibration.recipe import CalibrationConfig
 from tests.models import TEXT, tiny_model, tiny_tokenizer
 from tests.serving.requests import ask, ask_all, hf_prompt_logprobs, largest_difference
 from vllm_kvsplice.artifact import load_artifact

@@ -16,7 +16,8 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 import vllm_kvsplice
 from benchmarks.server import kvsplice_command, vllm_command
-from calibration.pipeline import CalibrationConfig, calibrate
+from calibration.pipeline import calibrate
+from calibration.recipe import CalibrationConfig
 from tests.models import TEXT, tiny_model
 from vllm_kvsplice.artifact import make_artifact, save_artifact
 from vllm_kvsplice.errors import KVSpliceError

@@ -70,7 +70,14 @@ class Engine(Protocol):
         """Copy a step's tokens into the exact window's `pages` (`Window.pages`); arguments as in `write`."""
 
     def attend(
-        self, codec: LayerCodec, query: Tensor, pages: Tensor, batch: Batch, scale: float, window: Window | None
+        self,
+        codec: LayerCodec,
+        query: Tensor,
+        pages: Tensor,
+        batch: Batch,
+        scale: float,
+        window: Window | None,
+        output: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of a step's queries to everything stored, themselves included.
 
@@ -81,8 +88,9 @@ class Engine(Protocol):
             batch: of the step.
             scale: of the scores.
             window: None where everything is read as stored.
+            output: where to write, [T, H * G, D] in any floating dtype with contiguous heads; None: a new float32 tensor.
 
         Returns:
-            float32 [at least T, H * G, D], T being the last of `batch.query_start`; rows past T mean nothing.
+            `output`, or float32 [at least T, H * G, D], T being the last of `batch.query_start`; rows past T mean nothing.
 
         """

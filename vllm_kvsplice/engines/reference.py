@@ -47,11 +47,18 @@ def write_window(key: Tensor, value: Tensor, slots: Tensor, pages: Tensor) -> No
 
 
 def attend(
-    codec: LayerCodec, query: Tensor, pages: Tensor, batch: Batch, scale: float, window: Window | None
+    codec: LayerCodec,
+    query: Tensor,
+    pages: Tensor,
+    batch: Batch,
+    scale: float,
+    window: Window | None,
+    output: Tensor | None = None,
 ) -> Tensor:
     """See `Engine.attend`."""
     starts, seq_lens = batch.query_start.tolist(), batch.seq_lens.tolist()
-    output = torch.empty(starts[-1], *query.shape[1:], dtype=torch.float32, device=query.device)
+    if output is None:
+        output = torch.empty(starts[-1], *query.shape[1:], dtype=torch.float32, device=query.device)
     same_length = defaultdict(list)
     for sequence, (start, end) in enumerate(pairwise(starts)):
         same_length[end - start].append(sequence)
@@ -61,7 +68,9 @@ def attend(
             lengths = torch.tensor([seq_lens[s] for s in sequences], device=query.device)
             exact = _Exact.of(window, window.block_table[sequences], lengths, length) if window else None
             table = batch.block_table[sequences]
-            output[rows] = _attend_batch(codec, query[rows].float(), pages, table, lengths, scale, exact)
+            output[rows] = _attend_batch(codec, query[rows].float(), pages, table, lengths, scale, exact).to(
+                output.dtype
+            )
     return output
 
 

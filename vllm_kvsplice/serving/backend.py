@@ -180,6 +180,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         # Set in process_weights_after_loading, before anything runs.
         self._codec: LayerCodec
         self._window: WindowLayer | None = None
+        self._viewed: tuple[Tensor, Tensor] | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Bind this layer to its codec: only now does vLLM let an implementation learn whose it is."""
@@ -210,7 +211,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         positions = metadata[layer.layer_name].positions
         count = len(positions)
         key, value = key[:count], value[:count]
-        self._engine.write(self._codec, key, value, positions, slot_mapping[:count], _pages(kv_cache))
+        self._engine.write(self._codec, key, value, positions, slot_mapping[:count], self._pages(kv_cache))
         if self._window:
             slots = metadata[self._window.name].slots[:count]
             self._engine.write_window(key, value, slots, self._window.kv_cache)
@@ -236,11 +237,19 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
                 query.new_empty(WORKSPACE, *query.shape, dtype=torch.float32)
             return output.zero_()
         count = len(attn_metadata.positions)
-        output[:count] = self._engine.attend(
-            self._codec, query[:count], _pages(kv_cache), attn_metadata.batch, self.scale, self._exact(key, value)
+        window = self._exact(key, value)
+        self._engine.attend(
+            self._codec, query[:count], self._pages(kv_cache), attn_metadata.batch, self.scale, window, output[:count]
         )
-        output[count:] = 0
+        if count < len(output):
+            output[count:] = 0
         return output
+
+    def _pages(self, kv_cache: Tensor) -> Tensor:
+        """`kv_cache` as `_as_pages` gives it, made once for the cache that vLLM passes at every step."""
+        if self._viewed is None or self._viewed[0] is not kv_cache:
+            self._viewed = (kv_cache, _as_pages(kv_cache))
+        return self._viewed[1]
 
     def _exact(self, key: Tensor, value: Tensor) -> Window | None:
         """What this step reads exactly; `key` and `value` are its own tokens', [T, H, D]."""
@@ -257,7 +266,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         return Window(self._window.tokens, pages, table, self._settings.prefill == "exact")
 
 
-def _pages(kv_cache: Tensor) -> Tensor:
+def _as_pages(kv_cache: Tensor) -> Tensor:
     """vLLM's [B, 1, N, C / itemsize] in the model's dtype as this project's pages, uint8 [B, C, N], on the same memory."""
     raw = kv_cache.view(torch.uint8)
     blocks, _, tokens, token_bytes = raw.shape

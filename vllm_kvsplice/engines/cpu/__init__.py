@@ -49,10 +49,18 @@ class CpuEngine:
         native.write_window(key, value, slots, pages)
 
     def attend(
-        self, codec: LayerCodec, query: Tensor, pages: Tensor, batch: Batch, scale: float, window: Window | None
+        self,
+        codec: LayerCodec,
+        query: Tensor,
+        pages: Tensor,
+        batch: Batch,
+        scale: float,
+        window: Window | None,
+        output: Tensor | None = None,
     ) -> Tensor:
         """See `Engine.attend`."""
-        output = torch.empty(int(batch.query_start[-1]), *query.shape[1:], dtype=torch.float32)
+        if output is None:
+            output = torch.empty(int(batch.query_start[-1]), *query.shape[1:], dtype=torch.float32)
         exact = (
             (window.size, window.whole_chunk, window.pages, window.block_table) if window else (0, False, None, None)
         )

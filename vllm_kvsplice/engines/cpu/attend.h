@@ -5,12 +5,12 @@
 //
 // An `Isa` has:
 //     kQuads             the order of a tile's tokens in scores: false as they are, true with its 4 x 4 quads transposed
-//     pack_query         16-bit numbers of a row, as its dot_keys reads them; 2 bytes each
-//     pack_probability   15-bit numbers of a tile, as its dot_values reads them; 2 bytes each
-//     unpack_keys        a group of a tile's keys; 16 bits a latent and token at most
-//     unpack_values      the same of values, into rows of a whole split
-//     dot_keys           adds unit * (sum of products) to the rows' scores of a tile
-//     dot_values         sums of products over a split, eight latents a row
+//     Session            what a thread holds while it attends
+//     pack_query         16-bit numbers of a row, as its score_latents reads them; 2 bytes each
+//     pack_probability   15-bit numbers of a tile, as its sum_values reads them; 2 bytes each
+//     key_places, value_places   16-bit places of memory that the next two want for heads of so many latents
+//     score_latents      adds unit * (sum of products of queries and keys) to the rows' scores of a split
+//     sum_values         sums of products of probabilities and values over a split, [rows, stride]
 #pragma once
 
 #include "vectors.h"
@@ -18,14 +18,27 @@
 namespace kvsplice {
 namespace {
 
-// Lines of memory to ask for, a few at a time between products: all at once they would hold up the core.
-struct Ahead {
-    const uint8_t* data = nullptr;
-    int64_t stride = 0, count = 0;
+// Byte planes of some tiles of one half, and of the tiles whose turn comes next, to be asked for meanwhile (null: none).
+// All at once those would hold up the core, so whoever unpacks a group asks for the same group's.
+struct Tiles {
+    const uint8_t* data[kSplitTiles];
+    const uint8_t* next[kSplitTiles];
+    int64_t stride;
+    int count;
 
-    KV_INLINE void ask() {
-        for (int i = 0; i < 2 && count > 0; ++i, --count, data += stride) __builtin_prefetch(data, 0, 2);
+    KV_INLINE void ask(int tile, int64_t plane, int count) const {
+        if (!next[tile]) return;
+        for (int c = 0; c < count; ++c) __builtin_prefetch(next[tile] + (plane + c) * stride, 0, 2);
     }
+};
+
+// Query rows in whole numbers, and what their products are worth: score = unit * (product - offset).
+struct Queries {
+    const int16_t* numbers;
+    int64_t stride;
+    const float* unit;
+    const int32_t* offset;
+    int rows;
 };
 
 // Token of a tile that stands at place `s` of its scores.
@@ -60,8 +73,9 @@ struct Block {
 struct Workspace {
     float *query, *absorbed, *pairs, *turned, *scores, *partial, *state, *exact_keys, *exact_values, *first_key,
         *first_value;
-    int16_t *quantised, *probability, *keys, *values;
-    uint8_t* tile;
+    int16_t *quantised, *probability, *unpacked;
+    int32_t* sums;
+    uint8_t* tiles;
     float unit[kRows], constant[kRows], top[kRows], weight[kRows];
     int32_t offset[kRows];
     int64_t stored[kRows], begin[kRows], last[kRows];  // stored positions end, exact ones begin and end
@@ -118,9 +132,9 @@ struct Attention {
         place(at, w.first_value, round_up(value_latents, 16));
         place(at, w.quantised, kRows * round_up(key_latents, 64));
         place(at, w.probability, kRows * kSplit);
-        place(at, w.keys, kTile * key_latents);
-        place(at, w.values, kSplit * 8);
-        place(at, w.tile, kTile * planes);
+        place(at, w.unpacked, most(Isa::key_places(key_latents), Isa::value_places(value_latents)));
+        place(at, w.sums, kRows * round_up(value_latents, 64));
+        place(at, w.tiles, kSplit * planes);
     }
 
     static int64_t plane_count(const Half& half) {
@@ -159,9 +173,12 @@ struct Attention {
 
     // An absorbed query in 16 bits.
     void quantise(const Half& half, int row) {
-        const float* absorbed = w.absorbed + row * round_up(key_latents, 16);
-        float size = 0;
-        for (int r = 0; r < half.latents; ++r) size = most(size, __builtin_fabsf(absorbed[r]));
+        float* absorbed = w.absorbed + row * round_up(key_latents, 16);
+        if (half.latents % 16) store(absorbed + half.latents, HalfFloats{});
+        Floats sizes = splat(0);
+        for (int r = 0; r < half.latents; r += 16)
+            sizes = larger(sizes, larger(load(absorbed + r), -load(absorbed + r)));
+        const float size = largest(sizes);
         // 127 * 256 + 127: what two signed bytes hold.
         const float inverse = size > 0 ? 32639 / size : 0;
         int16_t rounded[kMaxDim];
@@ -180,11 +197,11 @@ struct Attention {
     void split_mean(const Half& half, const float* q, int row) {
         float* cosine = w.pairs + row * 2 * pairs;
         const bool adjacent = pairs && layer.rotary->interleaved;
+        const int step = adjacent ? 2 : 1, apart = adjacent ? 1 : pairs;
+        const float *mean = half.mean, *q_far = q + apart, *mean_far = mean + apart;
         for (int f = 0; f < pairs; ++f) {
-            const int pair = layer.rotary->order[f];
-            const int a = adjacent ? 2 * pair : pair, b = adjacent ? 2 * pair + 1 : pair + pairs;
-            cosine[f] = q[a] * half.mean[a] + q[b] * half.mean[b];
-            cosine[pairs + f] = q[b] * half.mean[a] - q[a] * half.mean[b];
+            cosine[f] = q[f * step] * mean[f * step] + q_far[f * step] * mean_far[f * step];
+            cosine[pairs + f] = q_far[f * step] * mean[f * step] - q[f * step] * mean_far[f * step];
         }
         float constant = 0;
         for (int d = 2 * pairs; d < dim; ++d) constant += q[d] * half.mean[d];
@@ -208,10 +225,7 @@ struct Attention {
             if (w.stored[row] == 0) continue;
             const float *q = w.query + row * round_up(dim, 16),
                         *absorbed = w.absorbed + row * round_up(key_latents, 16);
-            float score = 0;
-            for (int d = 0; d < dim; ++d) score += q[d] * key.sink[d];
-            for (int r = 0; r < key.latents; ++r) score += absorbed[r] * w.first_key[r];
-            s.top = score;
+            s.top = sum_of(products(q, key.sink, dim) + products(absorbed, w.first_key, key.latents));
             s.total = s.on_sink = 1;
             std::memcpy(s.latents(), w.first_value, value.latents * sizeof(float));
         }
@@ -220,15 +234,18 @@ struct Attention {
     void first_levels(const Half& half, const uint8_t* page, float* levels) {
         for (int g = 0; g < half.group_count; ++g) {
             const Group& group = half.groups[g];
+            const uint8_t* byte = page + group.plane * step.pages.block;
+            uint8_t codes[8] = {};
+            int low = 0;
+            for (int bits = 8; bits; bits /= 2) {
+                if (group.width - low < bits) continue;
+                const int mask = (1 << bits) - 1;
+                for (int i = 0; i < 8; byte += step.pages.block)
+                    for (int shift = 0; shift < 8; shift += bits, ++i) codes[i] |= (*byte >> shift & mask) << low;
+                low += bits;
+            }
             for (int i = 0; i < 8; ++i) {
-                int code = 0, low = 0;
-                for (int bits = 8; bits; bits /= 2) {
-                    if (group.width - low < bits) continue;
-                    const int per_byte = 8 / bits, byte = page[(group.plane + low + i / per_byte) * step.pages.block];
-                    code |= (byte >> i % per_byte * bits & ((1 << bits) - 1)) << low;
-                    low += bits;
-                }
-                const int level = group.width == 8 ? code - 128 : group.levels[code];
+                const int level = group.width == 8 ? codes[i] - 128 : group.levels[codes[i]];
                 levels[8 * g + i] = static_cast<float>(level) * half.sink_scale[8 * g + i];
             }
         }
@@ -236,42 +253,42 @@ struct Attention {
 
     // --- the stored context ------------------------------------------------------------------------------------------
 
-    // A tile's byte planes of one half: where they begin, and how far they lie apart.
-    struct Planes {
-        const uint8_t* data;
-        int64_t stride;
-    };
-
-    Planes planes_of(const Block& b, const Half& half, int64_t tile) {
+    const uint8_t* page_of(const Block& b, const Half& half, int64_t position) const {
         const int block = step.pages.block;
-        const int64_t position = tile * kTile, first_plane = half.groups[0].plane;
-        if (block % kTile == 0) {
-            const uint8_t* page = step.pages.data + table(b)[position / block] * step.pages.block_stride;
-            return {page + first_plane * block + position % block, block};
-        }
-        // Blocks that hold no whole tile: gather it, 16 tokens at a time. What lies past the sequence stays unread.
-        const int64_t count = plane_count(half);
-        for (int quarter = 0; quarter < 4; ++quarter) {
-            const int64_t at = position + 16 * quarter;
-            if (at >= b.context) break;
-            const uint8_t* from =
-                step.pages.data + table(b)[at / block] * step.pages.block_stride + first_plane * block + at % block;
-            for (int64_t c = 0; c < count; ++c) std::memcpy(w.tile + c * kTile + 16 * quarter, from + c * block, 16);
-        }
-        return {w.tile, kTile};
+        return step.pages.data + table(b)[position / block] * step.pages.block_stride + half.groups[0].plane * block +
+               position % block;
     }
 
-    // The byte planes of a tile, to be asked for while others are worked on. Where the sequence has ended they are those of
-    // tile `first` of the block that this thread probably takes next.
-    Ahead ahead_of(const Block& current, bool key, int64_t tile, int64_t first) {
-        const bool ended = tile * kTile >= current.context;
-        const Block* b = ended ? next : &current;
-        if (ended) tile = first;
-        if (step.pages.block % kTile || !b || tile * kTile >= b->context) return {};
-        const Half& half = (key ? layer.key : layer.value)[b->head];
-        if (!half.group_count) return {};
-        const Planes planes = planes_of(*b, half, tile);
-        return {planes.data, planes.stride, plane_count(half)};
+    // Where block sizes hold no whole tile: gather one, 16 tokens at a time. What lies past the sequence stays unread.
+    const uint8_t* gathered(const Block& b, const Half& half, int64_t position, uint8_t* to) const {
+        const int64_t count = plane_count(half);
+        for (int64_t t = 0; t < kTile && position + t < b.context; t += 16) {
+            const uint8_t* from = page_of(b, half, position + t);
+            for (int64_t c = 0; c < count; ++c) std::memcpy(to + c * kTile + t, from + c * step.pages.block, 16);
+        }
+        return to;
+    }
+
+    // The first `count` tiles of a split, and what is to be asked for: the next split's, or after a sequence's last split the
+    // first of the block that this thread probably takes next.
+    Tiles tiles_of(const Block& b, bool key, int split, int count) const {
+        const Half& half = (key ? layer.key : layer.value)[b.head];
+        const bool whole = step.pages.block % kTile == 0;
+        Tiles found{{}, {}, whole ? step.pages.block : kTile, count};
+        const int64_t base = static_cast<int64_t>(split) * kSplit;
+        for (int t = 0; t < count; ++t)
+            found.data[t] = whole ? page_of(b, half, base + t * kTile)
+                                  : gathered(b, half, base + t * kTile, w.tiles + t * kTile * plane_count(half));
+        if (!whole) return found;
+        const bool ended = split + 1 >= b.splits;
+        const Block* ahead = ended ? next : &b;
+        if (!ahead) return found;
+        const Half& other = (key ? layer.key : layer.value)[ahead->head];
+        for (int t = 0; t < count && other.group_count; ++t) {
+            const int64_t position = (ended ? 0 : base + kSplit) + t * kTile;
+            if (position < ahead->context) found.next[t] = page_of(*ahead, other, position);
+        }
+        return found;
     }
 
     // One split of 512 positions: top, weight and latents of every row, into `partial` [rows, partial_size].
@@ -293,9 +310,9 @@ struct Attention {
             return;
         }
         const float* offsets = Isa::kQuads ? layer.rotary->offsets_in_quads : layer.rotary->offsets_in_order;
-        const float* cosine = layer.rotary->centres + static_cast<int64_t>(split) * 2 * pairs * kSplitTiles;
+        const float* centres = layer.rotary->centres + static_cast<int64_t>(split) * 4 * pairs * kSplitTiles;
         for (int row = 0; row < b.rows; ++row) {
-            turn(w.pairs + row * 2 * pairs, cosine);
+            turn(w.pairs + row * 2 * pairs, centres);
             float* out = w.scores + row * kSplit;
             int tile = 0;
             for (; tile + 4 <= tiles; tile += 4) series<4>(offsets, tile, w.constant[row], out + tile * kTile);
@@ -303,45 +320,35 @@ struct Attention {
         }
     }
 
-    // A row's series around the centres of a split's tiles, [2, terms, 8]: factors of cosines (even) and of sines (odd).
-    void turn(const float* row, const float* cosine) {
+    // A row's series around the centres of a split's tiles, [terms, 2, 8]: factors of cosines (even), then of sines (odd).
+    void turn(const float* row, const float* centres) {
         const Rotary& rotary = *layer.rotary;
-        const float *p = row, *s = row + pairs, *sine = cosine + pairs * kSplitTiles;
-        float *even = w.turned, *odd = w.turned + rotary.terms() * kSplitTiles;
-        HalfFloats powers[2][kTerms] = {};
-        for (int f = 0; f < pairs; ++f) {
-            const HalfFloats c = load<HalfFloats>(cosine + f * kSplitTiles),
-                             t = load<HalfFloats>(sine + f * kSplitTiles);
-            const HalfFloats e = p[f] * c + s[f] * t, o = s[f] * c - p[f] * t;
+        Floats powers[kTerms] = {};
+        for (int f = 0; f < pairs; ++f, centres += 4 * kSplitTiles) {
+            const Floats both = row[f] * load(centres) + row[pairs + f] * load(centres + 2 * kSplitTiles);
             if (f < rotary.fast) {
-                store(even + f * kSplitTiles, e);
-                store(odd + f * kSplitTiles, o);
+                store(w.turned + f * 2 * kSplitTiles, both);
                 continue;
             }
-            const float* taylor = rotary.taylor + (f - rotary.fast) * 2 * kTerms;
-            each<kTerms>([&](auto k) KV_LAMBDA {
-                powers[0][k] += taylor[k] * e;
-                powers[1][k] += taylor[kTerms + k] * o;
-            });
+            const float* taylor = rotary.taylor + (f - rotary.fast) * kTerms * 16;
+            each<kTerms>([&](auto k) KV_LAMBDA { powers[k] += load(taylor + 16 * k) * both; });
         }
-        for (int k = 0; k < rotary.terms() - rotary.fast; ++k) {
-            store(even + (rotary.fast + k) * kSplitTiles, powers[0][k]);
-            store(odd + (rotary.fast + k) * kSplitTiles, powers[1][k]);
-        }
+        for (int k = 0; k < rotary.terms() - rotary.fast; ++k)
+            store(w.turned + (rotary.fast + k) * 2 * kSplitTiles, powers[k]);
     }
 
     // sum_f even_f cos(w_f t) +- odd_f sin(w_f t) for N tiles: half the products serve both halves of a tile.
     template <int N>
     void series(const float* offsets, int tile, float constant, float* out) {
         const int terms = layer.rotary->terms();
-        const float *first = w.turned + tile, *second = first + terms * kSplitTiles;
+        const float* factors = w.turned + tile;
         Floats even[N][2], odd[N][2];
         each<2 * N>([&](auto i) KV_LAMBDA { even[i / 2][i % 2] = odd[i / 2][i % 2] = Floats{}; });
-        for (int f = 0; f < terms; ++f) {
+        for (int f = 0; f < terms; ++f, factors += 2 * kSplitTiles) {
             const Floats c0 = load(offsets), c1 = load(offsets + 16), s0 = load(offsets + 32), s1 = load(offsets + 48);
             offsets += 64;
             each<N>([&](auto n) KV_LAMBDA {
-                const float e = first[f * kSplitTiles + n], o = second[f * kSplitTiles + n];
+                const float e = factors[n], o = factors[kSplitTiles + n];
                 even[n][0] += e * c0;
                 even[n][1] += e * c1;
                 odd[n][0] += o * s0;
@@ -360,18 +367,8 @@ struct Attention {
     void score_latents(const Block& b, int split, int tiles) {
         const Half& half = layer.key[b.head];
         if (!half.group_count) return;
-        for (int tile = 0; tile < tiles; ++tile) {
-            const int64_t number = split * static_cast<int64_t>(kSplitTiles) + tile;
-            const Planes planes = planes_of(b, half, number);
-            Ahead ahead = ahead_of(b, true, number + 1, 0);
-            for (int g = 0; g < half.group_count; ++g) {
-                const Group& group = half.groups[g];
-                const uint8_t* data = planes.data + (group.plane - half.groups[0].plane) * planes.stride;
-                Isa::unpack_keys(group, data, planes.stride, w.keys + Isa::kKeyBytes * g * 8 * kTile / 2);
-            }
-            Isa::dot_keys(w.keys, half.latents, w.quantised, round_up(key_latents, 64), w.unit, w.offset, b.rows,
-                          w.scores + tile * kTile, ahead);
-        }
+        Isa::score_latents(half, tiles_of(b, true, split, tiles),
+                           {w.quantised, round_up(key_latents, 64), w.unit, w.offset, b.rows}, w.unpacked, w.scores);
     }
 
     // From scores to 15-bit probabilities relative to the row's largest of this split.
@@ -423,34 +420,12 @@ struct Attention {
             partial[row * partial_size + 1] = w.weight[row];
         }
         if (!half.group_count) return;
-        Planes planes[kSplitTiles];
-        const bool gathered = step.pages.block % kTile != 0;
-        Ahead next[kSplitTiles];
-        for (int tile = 0; tile < tiles && !gathered; ++tile) {
-            const int64_t number = split * static_cast<int64_t>(kSplitTiles) + tile;
-            planes[tile] = planes_of(b, half, number);
-            next[tile] = ahead_of(b, false, number + kSplitTiles, tile);
-        }
-        for (int g = 0; g < half.group_count; ++g) {
-            const Group& group = half.groups[g];
-            for (int tile = 0; tile < tiles; ++tile) {
-                if (gathered) planes[tile] = planes_of(b, half, split * static_cast<int64_t>(kSplitTiles) + tile);
-                const uint8_t* data = planes[tile].data + (group.plane - half.groups[0].plane) * planes[tile].stride;
-                Isa::unpack_values(group, data, planes[tile].stride, w.values, tile);
-            }
-            int32_t sums[kRows * 8];
-            Ahead ahead[kSplitTiles];
-            for (int tile = 0; tile < kSplitTiles; ++tile) {
-                ahead[tile] = gathered || tile >= tiles ? Ahead{} : next[tile];
-                ahead[tile].data += (group.plane - half.groups[0].plane) * ahead[tile].stride;
-                ahead[tile].count = least<int64_t>(ahead[tile].count, group.width);
-            }
-            Isa::dot_values(w.values, w.probability, tiles, b.rows, sums, ahead);
-            for (int row = 0; row < b.rows; ++row)
-                for (int i = 0; i < 8; ++i)
-                    partial[row * partial_size + 2 + 8 * g + i] =
-                        static_cast<float>(sums[row * 8 + i]) * (1 / 32767.0f);
-        }
+        const int64_t stride = round_up(value_latents, 64);
+        Isa::sum_values(half, tiles_of(b, false, split, tiles), w.probability, b.rows, w.unpacked, w.sums, stride);
+        for (int row = 0; row < b.rows; ++row)
+            for (int r = 0; r < half.latents; r += 16)
+                store(partial + row * partial_size + 2 + r,
+                      __builtin_convertvector(load<Ints>(w.sums + row * stride + r), Floats) * (1 / 32767.0f));
     }
 
     void merge_split(const Block& b, const float* partial) {
@@ -461,7 +436,8 @@ struct Attention {
             const float share = rescale(row, partial[0]);
             s.total += partial[1] * share;
             s.on_stored += partial[1] * share;
-            for (int r = 0; r < latents; ++r) s.latents()[r] += partial[2 + r] * share;
+            for (int r = 0; r < latents; r += 16)
+                store(s.latents() + r, load(s.latents() + r) + load(partial + 2 + r) * share);
         }
     }
 
@@ -492,20 +468,17 @@ struct Attention {
         }
     }
 
-    // Keys [D, 64] and values [64, D] in float32; zero where no row of the block reads.
+    // Keys and values in float32, [64, D] each; only tokens that some row of the block reads.
     void load_window(const Block& b, int64_t base, int from, int until) {
         const Window& window = step.window;
         const int32_t* blocks = window.table + b.sequence * window.table_stride;
         const int64_t width = round_up(dim, 16);
-        if (until - from < kTile) std::memset(w.exact_keys, 0, kTile * dim * sizeof(float));
         for (int t = from; t < until; ++t) {
             const int64_t position = base + t;
             const uint8_t* token =
                 window.data + blocks[position / window.block] * window.block_stride + b.head * window.head_stride;
             const int64_t offset = position % window.block * 2 * dim;
-            float key[kMaxDim];
-            load_row(token, window.dtype, offset, dim, key);
-            for (int d = 0; d < dim; ++d) w.exact_keys[d * kTile + t] = key[d];
+            load_row(token, window.dtype, offset, dim, w.exact_keys + t * width);
             load_row(token, window.dtype, offset + dim, dim, w.exact_values + t * width);
         }
     }
@@ -514,32 +487,39 @@ struct Attention {
         const int from = static_cast<int>(most<int64_t>(0, w.begin[row] - base));
         const int until = static_cast<int>(least<int64_t>(kTile, w.last[row] + 1 - base));
         if (until <= from) return;
-        const float* q = w.query + row * round_up(dim, 16);
-        Floats scores[4] = {};
-        for (int d = 0; d < dim; ++d)
-            for (int i = 0; i < 4; ++i) scores[i] += q[d] * load(w.exact_keys + d * kTile + 16 * i);
-        const Ints ramp = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        Floats top = splat(kNever);
-        for (int i = 0; i < 4; ++i) {
-            const Ints token = ramp + 16 * i;
-            scores[i] = (token >= from) & (token < until) ? scores[i] : splat(kNever);
-            top = larger(top, scores[i]);
-        }
-        const float largest_score = largest(top);
-        Floats total{};
         alignas(64) float probability[kTile];
-        for (int i = 0; i < 4; ++i) {
-            const Floats p = exp2_below(scores[i] - largest_score);
+        const float top = exact_scores(row, from, until, probability);
+        Floats total{};
+        for (int t = from / 16 * 16; t < until; t += 16) {
+            const Floats p = exp2_below(load(probability + t) - top);
             total += p;
-            store(probability + 16 * i, p);
+            store(probability + t, p);
         }
-        const float share = rescale(row, largest_score);
+        const float share = rescale(row, top);
         state(row).total += sum_of(total) * share;
         const int64_t width = round_up(dim, 16);
         float values[kMaxDim];
         combine({probability + from, 0, until - from, w.exact_values + from * width, width, dim, values, 0}, 1);
         float* sums = exact(row);
         for (int d = 0; d < dim; ++d) sums[d] += values[d] * share;
+    }
+
+    // Scores of the tokens `from` to `until` of a tile; those beside them never matter. Returns the largest.
+    float exact_scores(int row, int from, int until, float* scores) {
+        const float* q = w.query + row * round_up(dim, 16);
+        const int64_t width = round_up(dim, 16);
+        const Ints ramp = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        Floats top = splat(kNever);
+        for (int t = from / 16 * 16; t < until; t += 16) {
+            Floats x[16] = {};
+            for (int i = most(0, from - t); i < least(16, until - t); ++i)
+                x[i] = products(q, w.exact_keys + (t + i) * width, dim);
+            const Ints token = ramp + t;
+            const Floats score = (token >= from) & (token < until) ? sums_of(x) : splat(kNever);
+            top = larger(top, score);
+            store(scores + t, score);
+        }
+        return largest(top);
     }
 
     // --- after the context -------------------------------------------------------------------------------------------
@@ -581,10 +561,11 @@ struct Plan {
 inline Plan plan(const Step& step, Block* blocks, int& threads) {
     Plan made{blocks, 0, 0, 0, 0};
     int64_t splits = 0, work = 0;
-    for (int s = 0; s < step.sequences; ++s) {
-        const int64_t queries = step.query_start[s + 1] - step.query_start[s], rows = queries * step.group;
-        const int64_t context = step.seq_lens[s];
-        for (int h = 0; h < step.layer->heads; ++h)
+    // Head by head, so that its matrices are at hand for the next sequence.
+    for (int h = 0; h < step.layer->heads; ++h)
+        for (int s = 0; s < step.sequences; ++s) {
+            const int64_t queries = step.query_start[s + 1] - step.query_start[s], rows = queries * step.group;
+            const int64_t context = step.seq_lens[s];
             for (int64_t first = 0; first < rows; first += kRows) {
                 Block b{};
                 b.sequence = s;
@@ -601,7 +582,7 @@ inline Plan plan(const Step& step, Block* blocks, int& threads) {
                 work += static_cast<int64_t>(b.splits + 1) * b.rows * step.layer->dim;
                 blocks[made.count++] = b;
             }
-    }
+        }
     if (work < kWorthThreads) threads = 1;
     // Eight tasks a thread even out what blocks of different lengths leave idle.
     made.range = threads > 1 ? most<int64_t>(1, ceil_div(splits, 8 * threads)) : INT32_MAX;
@@ -655,6 +636,7 @@ void attend(const Step& step) {
     threads = static_cast<int>(least<int64_t>(threads, made.tasks));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+        const typename Isa::Session session;
         Attention<Isa> attention(step);
         for (;;) {
             int block, range;

@@ -1,6 +1,12 @@
 // From Python and torch to the kernels: checks, tables made once a layer, and the choice of instruction set.
 #include <torch/extension.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <map>
@@ -17,23 +23,35 @@ namespace {
 using at::Tensor;
 using Widths = std::vector<std::vector<int64_t>>;
 
+// Vectors that no load of 64 bytes finds across two lines.
+template <class T>
+struct Aligned {
+    using value_type = T;
+    Aligned() = default;
+    template <class U>
+    Aligned(const Aligned<U>&) {}
+    T* allocate(size_t count) { return static_cast<T*>(kvsplice::allocate(count * sizeof(T))); }
+    void deallocate(T* memory, size_t) { release(memory); }
+    bool operator==(const Aligned&) const { return true; }
+};
+using Table = std::vector<float, Aligned<float>>;
+
 // Tables of one rotation; they grow, and all layers that turn alike share them.
 struct RotaryTables {
-    std::vector<float> inv_freq, angles, centres, taylor, in_order, in_quads;
-    std::vector<int32_t> order;
+    std::vector<float> inv_freq;
+    Table angles, centres, taylor, in_order, in_quads;
     Rotary view{};
 
     RotaryTables(std::vector<float> frequencies, bool interleaved) : inv_freq(std::move(frequencies)) {
         const int pairs = static_cast<int>(inv_freq.size());
-        const auto fast = [&](int f) { return std::abs(inv_freq[f]) * (kTile - 1) / 2 >= 0.5f; };
-        for (int f = 0; f < pairs; ++f) order.push_back(f);
-        const auto slow = std::stable_partition(order.begin(), order.end(), fast);
-        view.fast = static_cast<int>(slow - order.begin());
-        for (auto f = slow; f != order.end(); ++f)
-            for (int odd = 0; odd < 2; ++odd)
-                for (int k = 0; k < kTerms; ++k) {
-                    const int power = 2 * k + odd;
-                    taylor.push_back(static_cast<float>((k % 2 ? -1 : 1) * std::pow(32.0 * inv_freq[*f], power) /
+        // Frequencies fall from pair to pair; where they do not, some slow ones count as fast.
+        for (int f = 0; f < pairs; ++f)
+            if (std::abs(inv_freq[f]) * (kTile - 1) / 2 >= 0.5f) view.fast = f + 1;
+        for (int f = view.fast; f < pairs; ++f)
+            for (int k = 0; k < kTerms; ++k)
+                for (int lane = 0; lane < 2 * kSplitTiles; ++lane) {
+                    const int power = 2 * k + lane / kSplitTiles;
+                    taylor.push_back(static_cast<float>((k % 2 ? -1 : 1) * std::pow(32.0 * inv_freq[f], power) /
                                                         std::tgamma(power + 1)));
                 }
         for (int s = 0; s < 32; ++s) {
@@ -42,7 +60,6 @@ struct RotaryTables {
             add_offset(in_order, s, 32 + s - (kTile - 1) / 2.0);
             add_offset(in_quads, s, quad_token - (kTile - 1) / 2.0);
         }
-        view.order = order.data();
         view.taylor = taylor.data();
         view.offsets_in_order = in_order.data();
         view.offsets_in_quads = in_quads.data();
@@ -50,11 +67,11 @@ struct RotaryTables {
         view.interleaved = interleaved;
     }
 
-    void add_offset(std::vector<float>& table, int place, double offset) {
+    void add_offset(Table& table, int place, double offset) {
         table.resize((view.fast + kTerms) * 64);
         for (int f = 0; f < view.fast; ++f) {
-            table[f * 64 + place] = static_cast<float>(std::cos(offset * inv_freq[order[f]]));
-            table[f * 64 + 32 + place] = static_cast<float>(std::sin(offset * inv_freq[order[f]]));
+            table[f * 64 + place] = static_cast<float>(std::cos(offset * inv_freq[f]));
+            table[f * 64 + 32 + place] = static_cast<float>(std::sin(offset * inv_freq[f]));
         }
         for (int k = 0; k < kTerms; ++k) {
             table[(view.fast + k) * 64 + place] = static_cast<float>(std::pow(offset / 32, 2 * k));
@@ -75,14 +92,18 @@ struct RotaryTables {
     }
 
     void reach_context(int64_t tokens) {
-        const int64_t row = 2 * view.pairs * kSplitTiles, known = centres.size() / row;
+        const int64_t row = 4 * view.pairs * kSplitTiles, known = centres.size() / row;
         if (tokens > known * kSplit) centres.resize((tokens / kSplit + 1) * row);
         for (int64_t i = known; i < static_cast<int64_t>(centres.size()) / row; ++i)
             for (int f = 0; f < view.pairs; ++f)
                 for (int tile = 0; tile < kSplitTiles; ++tile) {
-                    const double angle = ((i * kSplitTiles + tile) * kTile + (kTile - 1) / 2.0) * inv_freq[order[f]];
-                    centres[i * row + f * kSplitTiles + tile] = static_cast<float>(std::cos(angle));
-                    centres[i * row + (view.pairs + f) * kSplitTiles + tile] = static_cast<float>(std::sin(angle));
+                    const double angle = ((i * kSplitTiles + tile) * kTile + (kTile - 1) / 2.0) * inv_freq[f];
+                    const float cosine = static_cast<float>(std::cos(angle)),
+                                sine = static_cast<float>(std::sin(angle));
+                    float* at = &centres[i * row + f * 4 * kSplitTiles + tile];
+                    at[0] = at[3 * kSplitTiles] = cosine;
+                    at[kSplitTiles] = -sine;
+                    at[2 * kSplitTiles] = sine;
                 }
         view.centres = centres.data();
     }
@@ -99,9 +120,12 @@ std::shared_ptr<RotaryTables> shared_rotary(const Tensor& inv_freq, bool interle
 }
 
 Group make_group(int width, int64_t plane, const float* levels) {
-    Group group{width, plane, {}, {}};
+    Group group{width, plane, {}, {}, {}};
     const int count = 1 << width;
-    for (int code = 0; code < 128; ++code) group.levels[code] = static_cast<int8_t>(levels[code % count]);
+    for (int code = 0; code < 128; ++code) {
+        group.levels[code] = static_cast<int8_t>(levels[code % count]);
+        group.raised[code] = static_cast<uint8_t>(group.levels[code] + 128);
+    }
     for (int place = -256; place < 256; ++place) {
         int code = 0;
         while (code + 1 < count && levels[code] + levels[code + 1] < static_cast<float>(place)) ++code;
@@ -167,6 +191,19 @@ class Codec {
     std::vector<Half> keys_, values_;
 };
 
+// Linux hands out the tile registers to processes that ask; threads inherit the permission.
+bool amx_usable() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned kTile = 1 << 24, kInt8 = 1 << 25;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTile) || !(d & kInt8)) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
 const std::vector<const Kernels*>& available() {
     static const std::vector<const Kernels*> kernels = [] {
         std::vector<const Kernels*> found{&kPortable};
@@ -179,6 +216,7 @@ const std::vector<const Kernels*>& available() {
                             __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
         if (avx2) found.insert(found.begin(), &kAvx2);
         if (avx2 && avx512) found.insert(found.begin(), &kAvx512);
+        if (avx2 && avx512 && amx_usable()) found.insert(found.begin(), &kAmx);
 #endif
         return found;
     }();

@@ -37,8 +37,9 @@ constexpr size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2;
 struct Group {
     int width;
     int64_t plane;
-    // Levels by code, repeated until the table is full, so that lookups may ignore the bits above the code.
-    int8_t levels[128];
+    // Levels by code, repeated until the table is full, so that lookups may ignore the bits above the code; and plus 128.
+    alignas(64) int8_t levels[128];
+    alignas(64) uint8_t raised[128];
     // Code by ceil(2 z) + 256, for z from -128 to 127.5: levels are whole, so thresholds are whole halves.
     uint8_t codes[512];
 };
@@ -62,10 +63,9 @@ constexpr int kTerms = 4;
 // Tables of one rotation, shared by all layers and grown as positions appear.
 struct Rotary {
     const float* angles;  // [positions, 2, F]: cosines, sines
-    // The rest has the pairs in this order: fast ones, then those that are polynomials within a tile.
-    const int32_t* order;  // [F]
-    const float* centres;  // [splits, 2, F, 8], of the eight tiles' positions 64 k + 31.5
-    const float* taylor;   // [F - fast, 2, kTerms]: coefficients of the even and the odd powers of offset / 32
+    // From pair `fast` on, pairs are polynomials within a tile.
+    const float* centres;  // [splits, F, 4, 8]: cos, -sin, sin, cos of the eight tiles' positions 64 k + 31.5
+    const float* taylor;   // [F - fast, kTerms, 2, 8]: coefficients of the even, then the odd powers of offset / 32
     // [fast + kTerms, 2, 32]: cosines and sines of the offsets from a tile's centre to half of its tokens, then powers. The
     // other half are their mirror images. In the order in which the instruction set holds a tile's tokens: as they are, or
     // quads transposed.
@@ -144,7 +144,7 @@ struct Kernels {
     void (*write)(const Writing&);
 };
 
-extern const Kernels kPortable, kAvx2, kAvx512;
+extern const Kernels kPortable, kAvx2, kAvx512, kAmx;
 
 // Memory aligned to 64 bytes: of this thread, reused by every call, and until it is released.
 void* scratch(size_t bytes);

@@ -2,7 +2,7 @@
 // own copy of what is here, and of all that includes it: nothing may be shared between code compiled for different ones.
 #pragma once
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__BMI2__)
 #include <immintrin.h>
 #endif
 
@@ -51,6 +51,15 @@ constexpr T least(T a, T b) {
 template <class T>
 constexpr T most(T a, T b) {
     return a > b ? a : b;
+}
+
+// GCC 12 would convert quarters and join them.
+KV_INLINE Doubles widened(HalfFloats x) {
+#ifdef __AVX512F__
+    return (Doubles)_mm512_cvtps_pd((__m256)x);
+#else
+    return __builtin_convertvector(x, Doubles);
+#endif
 }
 
 KV_INLINE Floats larger(Floats a, Floats b) {
@@ -103,21 +112,22 @@ void combine_rows(const Product& p, int first) {
 inline void combine(const Product& p, int rows) {
     int row = 0;
     for (; row + 4 <= rows; row += 4) combine_rows<4>(p, row);
-    for (; row < rows; ++row) combine_rows<1>(p, row);
+    if (rows - row == 3) return combine_rows<3>(p, row);
+    if (rows - row == 2) return combine_rows<2>(p, row);
+    if (rows - row == 1) return combine_rows<1>(p, row);
 }
 
-// 2^x for x <= 0, within 3e-6; zero far below.
+// 2^x for x <= 15, within 3e-6 (minimax of degree 4 between whole numbers); zero far below.
 KV_INLINE Floats exp2_below(Floats x) {
     x = larger(x, splat(-100));
     // Adding 1.5 * 2^23 rounds to whole numbers and leaves them in the low bits.
     const Floats shifted = x + 12582912.0f;
     const Floats f = x - (shifted - 12582912.0f);
-    Floats p = splat(0.0013333558f);
-    p = p * f + 0.0096181291f;
-    p = p * f + 0.0555041087f;
-    p = p * f + 0.2402265069f;
-    p = p * f + 0.6931471806f;
-    p = p * f + 1.0f;
+    Floats p = splat(0.0095701018f);
+    p = p * f + 0.0559178621f;
+    p = p * f + 0.2402474485f;
+    p = p * f + 0.6931218145f;
+    p = p * f + 0.9999992614f;
     return (Floats)((Ints)p + ((Ints)shifted << 23));
 }
 
@@ -133,6 +143,34 @@ KV_INLINE float sum_of(Floats v) {
     store(lanes, v);
     for (float x : lanes) total += x;
     return total;
+}
+
+// Products of `count` numbers, a multiple of 8, added up to 16.
+KV_INLINE Floats products(const float* a, const float* b, int count) {
+    Floats sum{};
+    int i = 0;
+    for (; i + 16 <= count; i += 16) sum += load(a + i) * load(b + i);
+    if (i == count) return sum;
+    float last[16] = {};
+    store(last, load<HalfFloats>(a + i) * load<HalfFloats>(b + i));
+    return sum + load(last);
+}
+
+// Lane i: the sum of all lanes of x[i]. Vectors are folded in pairs, H lanes onto the next.
+template <int H = 8>
+KV_INLINE Floats sums_of(Floats* x) {
+    Ints near, far;
+    for (int j = 0; j < 16; ++j) {
+        const bool first = j % (2 * H) < H;
+        near[j] = first ? j : 16 + j - H;
+        far[j] = first ? j + H : 16 + j;
+    }
+    each<H>([&](auto i)
+                KV_LAMBDA { x[i] = __builtin_shuffle(x[i], x[i + H], near) + __builtin_shuffle(x[i], x[i + H], far); });
+    if constexpr (H == 1)
+        return x[0];
+    else
+        return sums_of<H / 2>(x);
 }
 
 }  // namespace

@@ -65,7 +65,14 @@ KV_INLINE Bytes looked_up(const Group& group, Bytes codes) {
 
 struct Wide {
     static constexpr bool kQuads = false;
-    static constexpr int kKeyBytes = 2, kKeyOffset = 0;
+    static constexpr int kKeyOffset = 0;
+
+    struct Session {
+        ~Session() {}
+    };
+
+    static int64_t key_places(int latents) { return kTile * latents; }
+    static int64_t value_places(int) { return kSplit * 8; }
 
     static void pack_query(const int16_t* numbers, int count, int64_t, int16_t* out) {
         std::memcpy(out, numbers, count * sizeof(int16_t));
@@ -75,11 +82,24 @@ struct Wide {
         for (int i = 0; i < kTile; ++i) out[tile * kTile + i] = static_cast<int16_t>(rounded[i / 16][i % 16]);
     }
 
+    static void score_latents(const Half& half, const Tiles& tiles, const Queries& queries, int16_t* keys,
+                              float* scores) {
+        for (int tile = 0; tile < tiles.count; ++tile, scores += kTile) {
+            for (int g = 0; g < half.group_count; ++g) unpack_keys(half, g, tiles, tile, keys + g * 8 * kTile);
+            for (int row = 0; row < queries.rows; ++row)
+                dot_keys(keys, half.latents, queries.numbers + row * queries.stride, queries.unit[row],
+                         scores + row * kSplit);
+        }
+    }
+
     // [4 pairs of latents][64 tokens][2]
-    static void unpack_keys(const Group& group, const uint8_t* data, int64_t stride, int16_t* out) {
+    static void unpack_keys(const Half& half, int g, const Tiles& tiles, int tile, int16_t* out) {
+        const Group& group = half.groups[g];
+        const int64_t plane = group.plane - half.groups[0].plane;
+        tiles.ask(tile, plane, group.width);
         for (int t = 0; t < kTile; t += 32) {
             Bytes latent[8];
-            codes_of(group.width, data + t, stride, latent);
+            codes_of(group.width, tiles.data[tile] + plane * tiles.stride + t, tiles.stride, latent);
             for (Bytes& codes : latent) codes = looked_up(group, codes);
             for (int i = 0; i < 8; i += 2)
                 for (int j = 0; j < 32; ++j) {
@@ -90,48 +110,52 @@ struct Wide {
         }
     }
 
-    static void unpack_values(const Group& group, const uint8_t* data, int64_t stride, int16_t* out, int tile) {
+    static void dot_keys(const int16_t* keys, int latents, const int16_t* query, float unit, float* scores) {
+        Sums sums[8] = {};
+        for (int r = 0; r < latents; r += 2) {
+            const int32_t pair = static_cast<uint16_t>(query[r]) | static_cast<int32_t>(query[r + 1]) << 16;
+            const Shorts both = (Shorts)(Sums{} + pair);
+            for (int i = 0; i < 8; ++i) sums[i] += pair_products(load<Shorts>(keys + r * kTile + 16 * i), both);
+        }
+        for (int i = 0; i < 8; ++i)
+            store(scores + 8 * i,
+                  load<HalfFloats>(scores + 8 * i) + unit * __builtin_convertvector(sums[i], HalfFloats));
+    }
+
+    static void sum_values(const Half& half, const Tiles& tiles, int16_t* probability, int rows, int16_t* values,
+                           int32_t* sums, int64_t stride) {
+        for (int g = 0; g < half.group_count; ++g, sums += 8) {
+            for (int tile = 0; tile < tiles.count; ++tile) unpack_values(half, g, tiles, tile, values + tile * kTile);
+            for (int row = 0; row < rows; ++row)
+                dot_values(values, probability + row * kSplit, tiles.count, sums + row * stride);
+        }
+    }
+
+    static void unpack_values(const Half& half, int g, const Tiles& tiles, int tile, int16_t* out) {
+        const Group& group = half.groups[g];
+        const int64_t plane = group.plane - half.groups[0].plane;
+        tiles.ask(tile, plane, group.width);
         for (int t = 0; t < kTile; t += 32) {
             Bytes latent[8];
-            codes_of(group.width, data + t, stride, latent);
+            codes_of(group.width, tiles.data[tile] + plane * tiles.stride + t, tiles.stride, latent);
             for (int i = 0; i < 8; ++i) {
                 const Bytes level = looked_up(group, latent[i]);
-                for (int j = 0; j < 32; ++j) out[i * kSplit + tile * kTile + t + j] = level[j];
+                for (int j = 0; j < 32; ++j) out[i * kSplit + t + j] = level[j];
             }
         }
     }
 
-    static void dot_keys(const int16_t* keys, int latents, const int16_t* query, int64_t query_stride,
-                         const float* unit, const int32_t*, int rows, float* scores, Ahead& ahead) {
-        for (int row = 0; row < rows; ++row, query += query_stride, scores += kSplit) {
-            Sums sums[8] = {};
-            for (int r = 0; r < latents; r += 2) {
-                ahead.ask();
-                const int32_t pair = static_cast<uint16_t>(query[r]) | static_cast<int32_t>(query[r + 1]) << 16;
-                const Shorts both = (Shorts)(Sums{} + pair);
-                for (int i = 0; i < 8; ++i) sums[i] += pair_products(load<Shorts>(keys + r * kTile + 16 * i), both);
-            }
-            for (int i = 0; i < 8; ++i)
-                store(scores + 8 * i,
-                      load<HalfFloats>(scores + 8 * i) + unit[row] * __builtin_convertvector(sums[i], HalfFloats));
+    static void dot_values(const int16_t* values, const int16_t* probability, int tiles, int32_t* sums) {
+        Sums total[8] = {};
+        for (int t = 0; t < tiles * kTile; t += 16) {
+            const Shorts p = load<Shorts>(probability + t);
+            for (int i = 0; i < 8; ++i) total[i] += pair_products(p, load<Shorts>(values + i * kSplit + t));
         }
-    }
-
-    static void dot_values(const int16_t* values, const int16_t* probability, int tiles, int rows, int32_t* sums,
-                           Ahead* ahead) {
-        for (int row = 0; row < rows; ++row, probability += kSplit) {
-            Sums total[8] = {};
-            for (int t = 0; t < tiles * kTile; t += 16) {
-                if (t % kTile == 0) ahead[t / kTile].ask();
-                const Shorts p = load<Shorts>(probability + t);
-                for (int i = 0; i < 8; ++i) total[i] += pair_products(p, load<Shorts>(values + i * kSplit + t));
-            }
-            for (int i = 0; i < 8; ++i) {
-                int32_t lanes[8], sum = 0;
-                store(lanes, total[i]);
-                for (int32_t x : lanes) sum += x;
-                sums[row * 8 + i] = sum;
-            }
+        for (int i = 0; i < 8; ++i) {
+            int32_t lanes[8], sum = 0;
+            store(lanes, total[i]);
+            for (int32_t x : lanes) sum += x;
+            sums[i] = sum;
         }
     }
 };

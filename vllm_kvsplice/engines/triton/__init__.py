@@ -69,12 +69,21 @@ class TritonEngine:
             )  # fmt: skip
 
     def attend(
-        self, codec: LayerCodec, query: Tensor, pages: Tensor, batch: Batch, scale: float, window: Window | None
+        self,
+        codec: LayerCodec,
+        query: Tensor,
+        pages: Tensor,
+        batch: Batch,
+        scale: float,
+        window: Window | None,
+        output: Tensor | None = None,
     ) -> Tensor:
         """See `Engine.attend`; its rows past T hold zeros."""
-        output = query.new_empty(query.shape, dtype=torch.float32)
+        if output is None:
+            output = query.new_empty(query.shape, dtype=torch.float32)
         if len(query):
             assert query.stride(2) == 1
+            assert output.stride()[1:] == (query.shape[2], 1)
             absorbed = _absorb(codec, query)
             partial = _read(codec, query, absorbed, pages, batch, scale, window)
             _finish(codec, partial, batch, bool(window), output)
@@ -115,10 +124,10 @@ def _read(
 
 
 def _finish(codec: LayerCodec, partial: Partial, batch: Batch, exact: bool, output: Tensor) -> None:
-    """Merge into `output`, float32 [T, H * G, D]."""
+    """Merge into `output`, [T, H * G, D] in any floating dtype."""
     grid, shape = _product(codec, output)
     rows, number, splits = len(output) * shape["GROUP"], len(batch.seq_lens), len(partial.sums) - exact
-    arguments = partial, _prepared(codec), batch.query_start, output, rows, number, splits
+    arguments = partial, _prepared(codec), batch.query_start, output, rows, number, splits, output.stride(0)
     _attention().finish_kernel[grid](*arguments, **shape, EXACT=exact, num_warps=8)
 
 

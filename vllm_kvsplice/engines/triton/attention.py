@@ -271,11 +271,11 @@ def attend_kernel(
 @triton.jit(do_not_specialize=["rows", "number", "splits"])
 def finish_kernel(
     partial, tables, query_start, output,
-    rows, number, splits,
+    rows, number, splits, stride_token,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits and rebuild the values: output float32 [T, H * G, D], zeros past the last sequence's tokens.
+    """Merge the splits and rebuild the values: output [T, H * G, D], zeros past the last sequence's tokens.
 
     Grid: (tiles of the step's rows, H, tiles of dimensions).
     """
@@ -318,4 +318,5 @@ def finish_kernel(
         part = partial.sums + (splits * step + place)[:, None] * HEAD_DIM + dim[None, :]
         out += exact[:, None] * tl.load(part, (exact > 0)[:, None] & known[None, :], 0)
     mask = (row < rows)[:, None] & known[None, :]
-    tl.store(output + place[:, None] * HEAD_DIM + dim[None, :], out / total[:, None], mask)
+    place = token.to(tl.int64) * stride_token + (head * GROUP + row % GROUP) * HEAD_DIM
+    tl.store(output + place[:, None] + dim[None, :], (out / total[:, None]).to(output.dtype.element_ty), mask)

@@ -1,0 +1,46 @@
+"""Arguments and options that several commands have."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+class Planner(StrEnum):
+    """Who decides on bits (`calibration.planners`)."""
+
+    budget = "budget"
+    tiers = "tiers"
+    uniform = "uniform"
+    manual = "manual"
+
+
+Model = Annotated[str, typer.Argument(help="Model directory, or name on the Hugging Face Hub.", metavar="MODEL")]
+ArtifactDir = Annotated[str, typer.Argument(help="Artifact directory, or name on the Hub.", metavar="ARTIFACT")]
+
+# Of recipes. Without a default here, because a recipe's file may set them.
+Text = Annotated[Optional[str], typer.Option(help="pydoc, wikitext, a file or a directory.  [default: pydoc]")]
+Tokens = Annotated[Optional[int], typer.Option(help="Tokens to measure on.  [default: 16384]")]
+Bits = Annotated[Optional[float], typer.Option(help="Bits per element, 1.5 to 8.  [default: 4.0]")]
+Budget = Annotated[Optional[int], typer.Option(help="Bytes per token over all layers, instead of --bits.")]
+MaxIncrease = Annotated[
+    Optional[str],
+    typer.Option(
+        "--max-ppl-increase", help="As in 1%: the smallest size that keeps to it on held-out text, instead of --bits."
+    ),
+]
+Plans = Annotated[
+    Optional[Planner],
+    typer.Option(help="Who decides on bits.  [default: budget; manual with --plan]", show_default=False),
+]
+PlanJson = Annotated[
+    Optional[Path], typer.Option("--plan", help="A plan of kvsplice plan, or one written by hand (configs/README.md).")
+]
+Fim = Annotated[Optional[Path], typer.Option(help="FIM metrics for --planner tiers, instead of measuring them.")]
+Recipe = Annotated[Optional[Path], typer.Option(help="A recipe like those in configs/; options override it.")]
+Context = Annotated[Optional[int], typer.Option(help="Tokens per window of text.  [default: 1024]")]
+Seed = Annotated[Optional[int], typer.Option(help="Seed of all sampling.  [default: 0]")]
+Statistics = Annotated[
+    Optional[Path], typer.Option(help="Keep the measurements in this file, and use them again if they still fit.")
+]
