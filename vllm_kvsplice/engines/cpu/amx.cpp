@@ -11,7 +11,7 @@ namespace kvsplice {
 namespace {
 
 // So many query rows are done sooner without tiles, which have to go through memory.
-constexpr int kFewRows = 3;
+constexpr int kFewRows = 4;
 // Query rows whose high and low bytes fill a tile.
 constexpr int kTileRows = 8;
 
