@@ -20,9 +20,9 @@ serve: $(STAMP)
 test: $(STAMP) $(BROWSER) lint
 	$(BIN)/python -m pytest
 
-# Under two minutes: what needs neither the real model nor a server nor a browser.
+# Under two minutes: what needs neither the real model nor a server nor a browser nor Triton's interpreter.
 quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not model and not server and not browser"
+	$(BIN)/python -m pytest -m "not model and not server and not browser and not triton"
 
 # Decode throughput and time to first token of whole servers, ours and stock in turn.
 bench-server: $(STAMP)

@@ -19,6 +19,8 @@ from tests.engines.device import DEVICE, OnDevice
 from vllm_kvsplice.engines import reference
 from vllm_kvsplice.engines.triton import TritonEngine, attention
 
+pytestmark = pytest.mark.triton
+
 SMALL = Case(((1, 21), (3, 17), (1, 1)), group=2)
 SMALL_WINDOW = replace(SMALL, window=6)
 CASES = [
