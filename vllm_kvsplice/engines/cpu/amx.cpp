@@ -16,12 +16,10 @@ constexpr int kFewRows = 4;
 constexpr int kTileRows = 8;
 
 struct Amx : Avx512 {
-    // Tiles that are unpacked while the ones before are multiplied.
-    static constexpr int kBatch = 1;
     // Latents of values whose sums stay in registers at once.
     static constexpr int kLatents = 64;
 
-    static int64_t key_places(int latents) { return Avx512::kBatch * kTile * round_up(latents, 64) / 2; }
+    static int64_t key_places(int latents) { return kBatch * kTile * round_up(latents, 64) / 2; }
     static int64_t value_places(int) { return kSplit * kLatents / 2; }
 
     // Tile registers 0 to 4 get `rows` rows of 64 bytes, 5 to 7 all sixteen.
@@ -52,8 +50,8 @@ struct Amx : Avx512 {
         int first, tile;
     };
 
-    // Two tiles are unpacked while the two before are multiplied, and a product is read back only after the next one is
-    // under way: nobody waits for what was just stored.
+    // A tile is unpacked while the one before is multiplied, and a product is read back only after the next one is under way:
+    // nobody waits for what was just stored.
     static void score_latents(const Half& half, const Tiles& tiles, const Queries& queries, int16_t* keys,
                               float* scores) {
         if (queries.rows <= kFewRows) return Avx512::score_latents(half, tiles, queries, keys, scores);
@@ -62,19 +60,18 @@ struct Amx : Avx512 {
         shape(2 * least(queries.rows, kTileRows));
         Products products[2];
         int made = 0;
-        for (int first = 0; first < tiles.count + kBatch; first += kBatch) {
-            if (first < tiles.count)
-                unpack_keys(half, tiles, first, least(kBatch, tiles.count - first),
-                            unpacked + first % (2 * kBatch) * tile_bytes, tile_bytes);
-            for (int tile = most(0, first - kBatch); tile < least(first, tiles.count); ++tile)
-                for (int row = 0; row < queries.rows; row += kTileRows, ++made) {
-                    Products& now = products[made % 2];
-                    now.first = row;
-                    now.tile = tile;
-                    multiply_keys(unpacked + tile % (2 * kBatch) * tile_bytes, half.latents,
-                                  queries.numbers + row * queries.stride, queries.stride, now);
-                    if (made) add_scores(products[1 - made % 2], queries, scores);
-                }
+        unpack_keys(half, tiles, 0, 1, unpacked, tile_bytes);
+        for (int tile = 0; tile < tiles.count; ++tile) {
+            if (tile + 1 < tiles.count)
+                unpack_keys(half, tiles, tile + 1, 1, unpacked + (tile + 1) % 2 * tile_bytes, tile_bytes);
+            for (int row = 0; row < queries.rows; row += kTileRows, ++made) {
+                Products& now = products[made % 2];
+                now.first = row;
+                now.tile = tile;
+                multiply_keys(unpacked + tile % 2 * tile_bytes, half.latents, queries.numbers + row * queries.stride,
+                              queries.stride, now);
+                if (made) add_scores(products[1 - made % 2], queries, scores);
+            }
         }
         add_scores(products[1 - made % 2], queries, scores);
     }
@@ -115,7 +112,7 @@ struct Amx : Avx512 {
         }
     }
 
-    // Probabilities as `dot_values` reads them, in place: four tokens of a row's high or low bytes become a column.
+    // Probabilities as tiles read them, in place: four tokens of a row's high or low bytes become a column.
     static void turn_probabilities(int16_t* probability, int rows, int tiles) {
         for (int first = 0; first < rows; first += kTileRows)
             for (int tile = 0; tile < tiles; ++tile) {
@@ -174,30 +171,28 @@ struct Amx : Avx512 {
         }
     }
 
-    // Up to eight rows: two tiles are unpacked while the two before are multiplied, four times 16 latents by all rows.
+    // Up to eight rows: a tile is unpacked while the one before is multiplied, four times 16 latents by all rows.
     static void sum_few(const Half& half, int group, int latents, const Tiles& tiles, const int16_t* probability,
                         int rows, int8_t* values, int32_t* sums, int64_t stride) {
-        constexpr int kRow = 2 * kBatch * kTile;
+        constexpr int kRow = 2 * kTile;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        for (int first = 0; first < tiles.count + kBatch; first += kBatch) {
-            if (first < tiles.count)
-                unpack_values(half, group, latents / 8, tiles, first, least(kBatch, tiles.count - first),
-                              values + first % (2 * kBatch) * kTile, kRow);
-            for (int tile = most(0, first - kBatch); tile < least(first, tiles.count); ++tile) {
-                const int8_t* v = values + tile % (2 * kBatch) * kTile;
-                _tile_loadd(4, reinterpret_cast<const int8_t*>(probability) + tile * kTile, kSplit);
-                _tile_loadd(6, v, kRow);
-                _tile_dpbsud(0, 6, 4);
-                _tile_loadd(7, v + 16 * kRow, kRow);
-                _tile_dpbsud(1, 7, 4);
-                _tile_loadd(6, v + 32 * kRow, kRow);
-                _tile_dpbsud(2, 6, 4);
-                _tile_loadd(7, v + 48 * kRow, kRow);
-                _tile_dpbsud(3, 7, 4);
-            }
+        unpack_values(half, group, latents / 8, tiles, 0, 1, values, kRow);
+        for (int tile = 0; tile < tiles.count; ++tile) {
+            if (tile + 1 < tiles.count)
+                unpack_values(half, group, latents / 8, tiles, tile + 1, 1, values + (tile + 1) % 2 * kTile, kRow);
+            const int8_t* v = values + tile % 2 * kTile;
+            _tile_loadd(4, reinterpret_cast<const int8_t*>(probability) + tile * kTile, kSplit);
+            _tile_loadd(6, v, kRow);
+            _tile_dpbsud(0, 6, 4);
+            _tile_loadd(7, v + 16 * kRow, kRow);
+            _tile_dpbsud(1, 7, 4);
+            _tile_loadd(6, v + 32 * kRow, kRow);
+            _tile_dpbsud(2, 6, 4);
+            _tile_loadd(7, v + 48 * kRow, kRow);
+            _tile_dpbsud(3, 7, 4);
         }
         Sums found;
         found.take();
@@ -208,9 +203,7 @@ struct Amx : Avx512 {
     // Many rows: all tiles are unpacked, then multiplied in squares of 32 latents by sixteen rows.
     static void sum_many(const Half& half, int group, int latents, const Tiles& tiles, const int16_t* probability,
                          int rows, int8_t* values, int32_t* sums, int64_t stride) {
-        for (int g = 0; g < latents / 8; ++g) {
-            unpack_values(half, group + g, 1, tiles, 0, tiles.count, values + 8 * g * kSplit, kSplit);
-        }
+        unpack_values(half, group, latents / 8, tiles, 0, tiles.count, values, kSplit);
         for (int r = 0; r < latents; r += 32)
             for (int row = 0; row < rows; row += 2 * kTileRows) {
                 const int8_t* v = values + r * kSplit;
