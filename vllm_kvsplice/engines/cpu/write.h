@@ -6,8 +6,8 @@
 namespace kvsplice {
 namespace {
 
-// Multiply-adds: below about 30 microseconds of work, waking threads costs more than it saves.
-constexpr int64_t kWorthThreadsWriting = 1 << 20;
+// Multiply-adds: from about 20 microseconds of work on, two threads take hardly more than half as long.
+constexpr int64_t kWorthThreadsWriting = 1 << 18;
 // Tokens that share a pass over the analysis matrix.
 constexpr int kTokens = 4;
 
