@@ -177,6 +177,7 @@ struct Avx512 {
     // Tiles whose keys are unpacked at once.
     static constexpr int kBatch = 4;
 
+    // Nothing to hold; the destructor tells the compiler that a session is more than an unused variable.
     struct Session {
         ~Session() {}
     };

@@ -67,6 +67,7 @@ struct Wide {
     static constexpr bool kQuads = false;
     static constexpr int kKeyOffset = 0;
 
+    // Nothing to hold; the destructor tells the compiler that a session is more than an unused variable.
     struct Session {
         ~Session() {}
     };
