@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calibration.attention import AS_STORED, Reading
 from calibration.evaluate import Evaluation, Mode, evaluate
@@ -20,7 +20,9 @@ from calibration.fim.attention import CONTEXT as FIM_CONTEXT
 from calibration.fim.attention import WINDOWS as FIM_WINDOWS
 from calibration.fim.attention import attention_spectra, by_head
 from calibration.fim.runs import read_runs
-from calibration.fit import PcaFit
+from calibration.fit import FITS, Fit, FittedCodec
+from calibration.fit.errors import error_table, head_errors
+from calibration.fit.finetune import Schedule, finetune
 from calibration.models import fast_dtype, load_model, longest_context, rotary_of
 from calibration.plan import Plan, budget_for_bits, plan_budget
 from calibration.planners import Evidence, make_plan
@@ -49,10 +51,21 @@ from vllm_kvsplice.rotary import Rotary
 QUALITY_WINDOWS = 2
 # Others, on which a size is searched for: what was fitted to is no judge.
 SEARCH_WINDOWS = 2
+# To finetune on, and to judge that by.
+TRAINING_WINDOWS, FINETUNE_WINDOWS = 96, 2
 DEFAULT_CONTEXT = 1024
 PACKAGES = ("vllm-kvsplice", "torch", "transformers")
 
 console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Token ids [W, T] of text that was not measured, for different judges: what chose a size must not judge the choice."""
+
+    quality: Tensor
+    search: Tensor
+    finetune: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,8 @@ class Study:
         model: loaded for measurements, not for judging.
         rotary: its rotary embedding, None without.
         corpus: the text.
-        windows, held_out: token ids [W, T] that were measured, and to judge on.
+        windows: token ids [W, T] that were measured. training: others to finetune on, none without.
+        held_out: to judge on.
         statistics: the measurements.
         config: the recipe.
 
@@ -75,7 +89,8 @@ class Study:
     rotary: Rotary | None
     corpus: Corpus
     windows: Tensor
-    held_out: Tensor
+    training: Tensor
+    held_out: HeldOut
     statistics: Statistics
     config: CalibrationConfig
 
@@ -93,10 +108,10 @@ class Study:
         return self.shape.num_layers - len(self.layers)
 
     @cached_property
-    def fit(self) -> PcaFit:
+    def fit(self) -> Fit:
         """Transforms and codebooks."""
         with console.status("Fitting transforms and codebooks"):
-            return PcaFit.of(self.statistics)
+            return FITS[self.config.fit](self.statistics)
 
     @cached_property
     def evidence(self) -> Evidence:
@@ -107,8 +122,12 @@ class Study:
         return budget_for_bits(bits, self.evidence.distortion[..., 0].numel())
 
     def artifact(self, plan: Plan) -> Artifact:
-        """The model's artifact under `plan`, not judged yet."""
-        rotary = self.rotary
+        """The model's artifact under `plan`, neither finetuned nor judged."""
+        return self.artifact_of(self.fit.codec(plan))
+
+    def artifact_of(self, fitted: FittedCodec) -> Artifact:
+        """The model's artifact with a codec that was fitted, not judged yet."""
+        rotary, plan = self.rotary, fitted.plan
         return make_artifact(
             Manifest(
                 model=self.shape,
@@ -118,7 +137,7 @@ class Study:
                 quality=None,
                 tensors_sha256="0" * 64,
             ),
-            self.fit.codec(plan).tensors | ({"rotary.inv_freq": rotary.inv_freq} if rotary else {}),
+            fitted.tensors | ({"rotary.inv_freq": rotary.inv_freq} if rotary else {}),
         )
 
     @cached_property
@@ -159,10 +178,28 @@ def study(model_name: str, config: CalibrationConfig, statistics_file: Path | No
         raise KVSpliceError(f"windows of {context} tokens exceed the {longest} the model reads; lower --context")
     rotary = rotary_of(model)
     windows = calibration_windows(tokenizer, corpus.fit, max(1, config.tokens // context), context)
-    searched = SEARCH_WINDOWS if config.max_ppl_increase is not None else 0
-    held_out = token_windows(tokenizer, corpus.held_out, QUALITY_WINDOWS + searched, context)
+    training = windows[:0]
+    if config.finetune:
+        training = calibration_windows(tokenizer, corpus.fit, TRAINING_WINDOWS, context)
+    held_out = _held_out(tokenizer, corpus.held_out, config, context)
     statistics = _measure(model, windows, rotary, config.seed, statistics_file)
-    return Study(model_name, model, rotary, corpus, windows, held_out, statistics, config)
+    return Study(model_name, model, rotary, corpus, windows, training, held_out, statistics, config)
+
+
+def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, config: CalibrationConfig, context: int) -> HeldOut:
+    sizes = (
+        QUALITY_WINDOWS,
+        SEARCH_WINDOWS if config.max_ppl_increase is not None else 0,
+        FINETUNE_WINDOWS if config.finetune else 0,
+    )
+    windows = token_windows(tokenizer, text, sum(sizes), context)
+    if len(windows) < sum(sizes) > QUALITY_WINDOWS:
+        raise KVSpliceError(
+            f"the text has {len(windows)} held-out windows of {context} tokens, and {sum(sizes)} are needed to search or "
+            "finetune; give more text or a lower --context"
+        )
+    quality, search, finetuning = windows[: sizes[0]], windows[sizes[0] :][: sizes[1]], windows[sizes[0] + sizes[1] :]
+    return HeldOut(quality, search, finetuning)
 
 
 def choose(measured: Study) -> Plan:
@@ -182,16 +219,15 @@ def _cheapest(measured: Study, limit: float) -> Plan:
 
     A few windows of text are a noisy judge, and the expectation is a good one where limits usually are (docs/planning.md).
     """
-    windows = measured.held_out[QUALITY_WINDOWS:]
-    if not len(windows):
-        raise KVSpliceError("the text is too short to search on; give more text or a lower --context")
 
     def plan(bits: float) -> Plan:
         return make_plan(measured.evidence, measured.config, measured.budget_for(bits))
 
     def increase(bits: float) -> float:
         tried = plan(bits)
-        evaluation = judge(measured.name, measured.artifact(tried), windows, "all", f"Trying {bits:.3f} bits")
+        evaluation = judge(
+            measured.name, measured.artifact(tried), measured.held_out.search, "all", f"Trying {bits:.3f} bits"
+        )
         expected = 100 * tried.expected_increase
         console.print(f"Perplexity: expected {expected:+.2f} %, measured {evaluation.change_percent:+.2f} %")
         return max(expected, evaluation.change_percent) / 100
@@ -213,15 +249,64 @@ def described(measured: Study, chosen: Plan) -> PlanFile:
     return describe(chosen, measured.layers, short_name(measured.name), measured.dense_layers, curve)
 
 
-def calibrate(model_name: str, out: Path, config: CalibrationConfig, statistics_file: Path | None = None) -> Artifact:
+def calibrate(
+    model_name: str,
+    out: Path,
+    config: CalibrationConfig,
+    statistics_file: Path | None = None,
+    errors_file: Path | None = None,
+) -> Artifact:
     """Calibrate a model, write its artifact to `out`, replacing one that is there, and return it.
 
-    Other arguments and errors as of `study`.
+    Args:
+        model_name, config, statistics_file: as of `study`, as are errors raised.
+        out: directory of the artifact.
+        errors_file: where to write the errors of every head before and after training, as CSV.
+
     """
     measured = study(model_name, config, statistics_file)
-    artifact = measured.artifact(choose(measured))
-    quality = _judge(model_name, artifact, measured.held_out[:QUALITY_WINDOWS])
+    chosen = choose(measured)
+    with console.status(f"Fitting {config.fit}"):
+        fitted = measured.fit.codec(chosen)
+    if config.finetune:
+        fitted = _finetune(measured, fitted, out.absolute().with_name(f".{out.name}.training"))
+    artifact = measured.artifact_of(fitted)
+    _report_errors(measured, artifact, chosen, errors_file)
+    quality = _judge(model_name, artifact, measured.held_out.quality)
     return save_artifact(artifact.with_quality(quality), out)
+
+
+def _report_errors(measured: Study, artifact: Artifact, chosen: Plan, file: Path | None) -> None:
+    """Print what coding does to keys and values before and after training, and write it to `file`."""
+    before = head_errors(measured.artifact_of(measured.fit.start(chosen)), measured.statistics)
+    after = head_errors(artifact, measured.statistics)
+    console.print(error_table(before, after))
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        names = ["layer", "head", "kind", "bits"]
+        before.merge(after, on=names, suffixes=("_before", "_after")).to_csv(file, index=False)
+
+
+def _finetune(measured: Study, fitted: FittedCodec, checkpoint: Path) -> FittedCodec:
+    """Train `fitted`; a run that was interrupted goes on from `checkpoint`."""
+    config = measured.config
+    schedule = Schedule(config.training_steps, seed=config.seed)
+    with steps("Finetuning on what the model says", schedule.steps) as progress:
+        result = finetune(
+            measured.model,
+            fitted,
+            measured.layers,
+            measured.rotary,
+            measured.training,
+            measured.held_out.finetune,
+            schedule,
+            progress,
+            checkpoint,
+        )
+    console.print(
+        f"Divergence from the uncompressed model: {result.kl_before:.4f} -> {result.kl_after:.4f} nats a token"
+    )
+    return result.codec
 
 
 @contextmanager
@@ -273,7 +358,7 @@ def _provenance(measured: Study, plan: Plan) -> Provenance:
         tokens=measured.windows.numel(),
         context=measured.windows.shape[1],
         seed=measured.config.seed,
-        fit="pca",
+        fit=measured.config.fitted_by,
         planner=plan.planner,
         requested=measured.config.requested,
         expected_change_percent=100 * plan.expected_increase,

@@ -1,7 +1,7 @@
 """A recipe: what to measure on, who plans, and how large the result may be."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -10,6 +10,7 @@ from calibration.planners import PlannerSettings
 from vllm_kvsplice.errors import KVSpliceError
 
 DEFAULT_BITS = 4.0
+DEFAULT_STEPS = 300
 SIZES = ("bits", "budget", "max_ppl_increase")
 
 
@@ -24,6 +25,8 @@ class CalibrationConfig(PlannerSettings):
     Attributes:
         bits: average bits per key and value element, 1.5 to 8. budget: bytes per token over all layers instead.
         max_ppl_increase: in percent; instead of a size, the smallest one that keeps to it.
+        fit: the fitting algorithm (`calibration.fit.FITS`).
+        finetune: whether to train the codec on what the model says afterwards. steps: of that training, by default 300.
         text: `pydoc`, `wikitext`, a file or a directory.
         tokens: to measure on. seed: of all sampling.
         context: tokens per window; by default 1024, or all that the model reads.
@@ -35,6 +38,9 @@ class CalibrationConfig(PlannerSettings):
     bits: float | None = Field(default=None, ge=1.5, le=8)
     budget: int | None = Field(default=None, ge=1)
     max_ppl_increase: Annotated[float | None, BeforeValidator(_percent), Field(gt=0)] = None
+    fit: Literal["pca", "pca_spline", "kvsplice", "kvsplice_spline"] = "pca"
+    finetune: bool = False
+    steps: int | None = Field(default=None, ge=1)
     text: str = "pydoc"
     tokens: int = Field(default=16384, ge=256)
     context: int | None = Field(default=None, ge=16)
@@ -52,8 +58,19 @@ class CalibrationConfig(PlannerSettings):
             raise ValueError(f"a plan made by hand has its own size; leave {sizes[0]} out")
         if settings.get("fim") is not None and settings.get("planner") != "tiers":
             raise ValueError("only planner tiers reads FIM metrics; choose it, or leave fim out")
+        if settings.get("steps") is not None and not settings.get("finetune"):
+            raise ValueError("steps are those of finetune; switch it on, or leave steps out")
         own_size = settings.get("planner") in ("manual", "tiers")
         return settings if sizes or own_size else {**settings, "bits": DEFAULT_BITS}
+
+    @property
+    def training_steps(self) -> int:
+        return (self.steps or DEFAULT_STEPS) if self.finetune else 0
+
+    @property
+    def fitted_by(self) -> str:
+        """Algorithm and training, as an artifact tells of them."""
+        return f"{self.fit}, finetuned in {self.training_steps} steps" if self.finetune else self.fit
 
     @property
     def requested(self) -> str:

@@ -19,10 +19,14 @@ from vllm_kvsplice.artifact import ModelShape
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.rotary import Rotary
 
-# Tokens whose keys and values are kept whole, for covariances and codebooks: 128 times the usual head size.
-SAMPLES = 8192
+# Tokens whose keys and values are kept whole, for covariances and codebooks: as many as are measured by default.
+SAMPLES = 16384
+# Share of its mean eigenvalue added to every direction of a Fisher matrix, so that no direction is free.
+FISHER_FLOOR = 0.05
 # First tokens from which the sink at position 0 is measured.
 SINK_TOKENS = 256
+# Names what a file of measurements holds; files of another are measured anew.
+_FORMAT = b"positions and weights"
 # The sink and the tokens it still colours say nothing about ordinary tokens.
 FIRST_ORDINARY = 4
 
@@ -36,6 +40,7 @@ class KindStatistics:
         fisher: E[g g^T], g the gradient of a token's summed loss with respect to this key or value, [L, H, D, D]. Units:
             nats^2 per squared unit of the key or value.
         residual: sampled tokens less their mean as the codec sees them (keys after rotation), float16 [L, H, n, D].
+        weight: how much the loss feels errors of each of them, as a share of the average, [L, H, n].
         sink: position 0 for S different first tokens, [L, H, S, D].
 
     """
@@ -43,16 +48,26 @@ class KindStatistics:
     mean: Tensor
     fisher: Tensor
     residual: Tensor
+    weight: Tensor
     sink: Tensor
 
 
 @dataclass
 class Statistics:
-    """Both kinds, the full-attention layers they belong to (ascending), and the number of tokens behind them."""
+    """Measurements of both kinds.
+
+    Attributes:
+        layers: the full-attention layers they belong to, ascending.
+        key, value: theirs.
+        positions: of the sampled tokens, int64 [n].
+        tokens: how many were measured.
+
+    """
 
     layers: tuple[int, ...]
     key: KindStatistics
     value: KindStatistics
+    positions: Tensor
     tokens: int
 
 
@@ -63,6 +78,7 @@ class _Running:
     total: Tensor
     outer: Tensor
     samples: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def like(cls, attended: "_Attended") -> "_Running":
@@ -75,6 +91,7 @@ class _Running:
         self.total += centred.sum(1)
         self.outer += torch.einsum("htd,hte->hde", gradient, gradient)
         self.samples.append(attended.vector[:, chosen].clone())
+        self.gradients.append(attended.gradient[:, chosen].clone())
 
 
 class _Attended(NamedTuple):
@@ -122,7 +139,7 @@ def collect(
     kinds = [_finish([sums[i][k] for i in layers], [sinks[i][k] for i in layers], count) for k in (0, 1)]
     _subtract_mean(kinds[0], positions, rotary)
     _subtract_mean(kinds[1], positions, None)
-    return Statistics(layers, kinds[0], kinds[1], windows.numel())
+    return Statistics(layers, kinds[0], kinds[1], positions, windows.numel())
 
 
 def _keys_values_and_gradients(model: PreTrainedModel, window: Tensor) -> dict[int, tuple[_Attended, _Attended]]:
@@ -170,10 +187,12 @@ def _first_tokens(attended: Tensor) -> Tensor:
 
 
 def _finish(running: list[_Running], sinks: list[Tensor], count: int) -> KindStatistics:
+    fisher = torch.stack([r.outer for r in running]).div(count).float()
     statistics = KindStatistics(
         mean=torch.stack([r.total for r in running]).div(count).float(),
-        fisher=torch.stack([r.outer for r in running]).div(count).float(),
+        fisher=fisher,
         residual=torch.stack([torch.cat(r.samples, 1) for r in running]),
+        weight=torch.stack([_weights(torch.cat(r.gradients, 1), g) for r, g in zip(running, fisher, strict=True)]),
         sink=torch.stack(sinks),
     )
     for name, tensor in vars(statistics).items():
@@ -182,6 +201,19 @@ def _finish(running: list[_Running], sinks: list[Tensor], count: int) -> KindSta
                 f"the model produced {name} values that are not finite; check that it generates sound text at all"
             )
     return statistics
+
+
+def with_floor(fisher: Tensor) -> Tensor:
+    """Fisher matrices [.., D, D] in which no direction is free, float64."""
+    mean = fisher.double().diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
+    return fisher.double() + FISHER_FLOOR * torch.diag_embed(mean[..., None].expand(fisher.shape[:-1]))
+
+
+def _weights(gradients: Tensor, fisher: Tensor) -> Tensor:
+    """g^T G^-1 g of tokens with gradients [H, n, D] and Fisher matrices [H, D, D], as shares of their mean: [H, n]."""
+    inverse = torch.linalg.inv(with_floor(fisher)).float()
+    felt = ((gradients.float() @ inverse) * gradients.float()).sum(-1)
+    return felt / felt.mean(-1, keepdim=True).clamp_min(1e-30)
 
 
 def _subtract_mean(statistics: KindStatistics, positions: Tensor, rotary: Rotary | None) -> None:
@@ -196,7 +228,7 @@ def _subtract_mean(statistics: KindStatistics, positions: Tensor, rotary: Rotary
 
 def fingerprint(model: PreTrainedModel, windows: Tensor, seed: int) -> str:
     """Names a measurement: the model's shape and weights (sampled), the tokens, the seed."""
-    digest = hashlib.sha256(ModelShape.of(model.config).model_dump_json().encode())
+    digest = hashlib.sha256(_FORMAT + ModelShape.of(model.config).model_dump_json().encode())
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
@@ -208,6 +240,7 @@ def fingerprint(model: PreTrainedModel, windows: Tensor, seed: int) -> str:
 def save_statistics(statistics: Statistics, file: Path, key: str) -> None:
     """Keep measurements in a safetensors file, under the `fingerprint` of what was measured."""
     tensors = {f"{kind}.{name}": t for kind in ("key", "value") for name, t in vars(getattr(statistics, kind)).items()}
+    tensors["positions"] = statistics.positions
     metadata = {"fingerprint": key, "layers": json.dumps(statistics.layers), "tokens": str(statistics.tokens)}
     file.parent.mkdir(parents=True, exist_ok=True)
     staging = file.with_name(f".{file.name}.{os.getpid()}")
@@ -234,4 +267,5 @@ def load_statistics(file: Path, key: str) -> Statistics | None:
         ) from error
     names = KindStatistics.__dataclass_fields__
     key_kind, value_kind = (KindStatistics(**{n: tensors[f"{kind}.{n}"] for n in names}) for kind in ("key", "value"))
-    return Statistics(tuple(json.loads(metadata["layers"])), key_kind, value_kind, int(metadata["tokens"]))
+    layers = tuple(json.loads(metadata["layers"]))
+    return Statistics(layers, key_kind, value_kind, tensors["positions"], int(metadata["tokens"]))

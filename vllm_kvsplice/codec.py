@@ -116,7 +116,7 @@ class LayerCodec:
         return LayerCodec(self.key.shard(heads), self.value.shard(heads), layout, self.rotary)
 
     def to(self, device: torch.device) -> "LayerCodec":
-        rotary = self.rotary and Rotary(self.rotary.inv_freq.to(device), self.rotary.interleaved)
+        rotary = self.rotary and self.rotary.to(device)
         return LayerCodec(self.key.to(device), self.value.to(device), self.layout, rotary)
 
     def offset(self, kind: Kind, positions: Tensor) -> Tensor:

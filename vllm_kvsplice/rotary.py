@@ -31,6 +31,9 @@ class Rotary:
     def __post_init__(self) -> None:
         self._cos = self._sin = self.inv_freq.new_empty(0, len(self.inv_freq))
 
+    def to(self, device: torch.device) -> "Rotary":
+        return Rotary(self.inv_freq.to(device), self.interleaved)
+
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """R(positions) x.
 

@@ -9,7 +9,7 @@ from calibration.fim import spectrum
 from calibration.fim.attention import WINDOWS, by_head
 from calibration.fim.linear import map_metrics
 from calibration.fim.runs import PREFIX, Run, make_run, named
-from calibration.fit import residual_covariance
+from calibration.fit.transform import residual_covariance
 from calibration.pipeline import Study, short_name, steps
 from calibration.statistics import KindStatistics
 
@@ -67,7 +67,7 @@ def _kind_metrics(
     statistics: KindStatistics, layers: tuple[int, ...]
 ) -> Iterator[tuple[str, dict[str, float], list[float]]]:
     """(place, metrics, eigenvalues of the Fisher matrix) of every KV head; the metrics include residuals' variance."""
-    covariances = residual_covariance(statistics.residual)
+    covariances = residual_covariance(statistics.residual, torch.ones_like(statistics.weight))
     for row, layer in enumerate(layers):
         eigenvalues = spectrum.eigenvalues(statistics.fisher[row])
         fisher = spectrum.metrics(eigenvalues, eigenvalues[..., :1] * spectrum.RESOLVED)

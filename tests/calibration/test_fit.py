@@ -8,18 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibration.fit import (
-    FISHER_FLOOR,
-    PcaFit,
-    Transform,
-    fit_codebooks,
-    fit_sinks,
-    lloyd_max,
-    weighted_klt,
-    whole_levels,
-)
+from calibration.fit import FITS
+from calibration.fit.codebooks import Codebooks, fit_codebooks, lloyd_max, moments_of, squared_error, whole_levels
+from calibration.fit.coder import fit_sinks
+from calibration.fit.splines import MonotoneSpline, spline_levels
+from calibration.fit.transform import Transform, weighted_klt
 from calibration.plan import plan_budget
-from calibration.statistics import KindStatistics, Statistics
+from calibration.statistics import FISHER_FLOOR, KindStatistics, Statistics
 from vllm_kvsplice.artifact import pack_levels
 from vllm_kvsplice.codec import LEVELS
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH
@@ -49,8 +44,13 @@ def kind_statistics(seed: int = 0, shape: tuple[int, ...] = (2, 3, 16), samples:
         mean=mean,
         fisher=gradient.mT @ gradient / samples,
         residual=(residual - residual.mean(2, keepdim=True)).half(),
+        weight=torch.ones(layers, heads, samples),
         sink=mean[:, :, None] + residual[:, :, :64],
     )
+
+
+def codebooks(statistics: KindStatistics, transform: Transform) -> Codebooks:
+    return fit_codebooks(statistics.residual, statistics.weight, transform.analysis, transform.importance, lloyd_max)
 
 
 def cost(statistics: KindStatistics, error: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class TestTransform:
         assert all(tensor.isfinite().all() for tensor in vars(transform).values())
         product = transform.analysis.double() @ transform.synthesis.double()
         torch.testing.assert_close(product, torch.eye(16).double().expand_as(product), atol=0.05, rtol=0)
-        levels = fit_codebooks(statistics, transform)
+        levels = codebooks(statistics, transform)
         assert levels.distortion.isfinite().all()
 
 
@@ -155,6 +155,11 @@ def distortion_of(histogram: Tensor, levels: Tensor) -> float:
     return float((histogram[0] * (CENTRES[:, None] - levels.double()).abs().min(1).values.square()).sum())
 
 
+def stated(histogram: Tensor, levels: Tensor) -> float:
+    """The same as codebooks reckon it."""
+    return float(squared_error(levels.double(), moments_of(histogram)))
+
+
 SAMPLES = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
 SHAPES = {
     "gaussian": gaussian(),
@@ -176,7 +181,7 @@ DEGENERATE = {
 class TestLloydMax:
     @pytest.mark.parametrize("width", GAUSSIAN_OPTIMUM)
     def test_distortion_of_a_gaussian_is_the_published_optimum(self, width):
-        levels = lloyd_max(gaussian(), width)[0][0].double()
+        levels = lloyd_max(gaussian(), width)[0].double()
         left = (QUANTILES - levels[torch.searchsorted((levels[1:] + levels[:-1]) / 2, QUANTILES)]).square().mean()
         # Boundaries on a grid of 1/100 cost 1 % at 4 bits and 3 % at 8, where cells are two bins wide.
         assert float(left) == pytest.approx(GAUSSIAN_OPTIMUM[width], rel=0.002 if width <= 3 else 0.03)
@@ -186,18 +191,19 @@ class TestLloydMax:
         positive = GAUSSIAN_LEVELS[width]
         expected = torch.tensor([-x for x in reversed(positive)] + positive)
         # Three bins: the optimum is so flat that a boundary on the grid can stop short of it.
-        torch.testing.assert_close(lloyd_max(gaussian(), width)[0][0], expected, atol=3 / PER_UNIT, rtol=0)
+        torch.testing.assert_close(lloyd_max(gaussian(), width)[0], expected, atol=3 / PER_UNIT, rtol=0)
 
     @pytest.mark.parametrize("width", [1, 2, 3, 4])
     @pytest.mark.parametrize("shape", SHAPES)
     def test_as_good_as_a_textbook_lloyd(self, shape, width):
-        assert float(lloyd_max(SHAPES[shape], width)[1]) <= textbook_lloyd(SHAPES[shape], width) * 1.03
+        assert stated(SHAPES[shape], lloyd_max(SHAPES[shape], width)) <= textbook_lloyd(SHAPES[shape], width) * 1.03
 
     @pytest.mark.parametrize("width", range(MAX_WIDTH + 1))
     @pytest.mark.parametrize("shape", SHAPES | DEGENERATE)
     def test_levels_ascend_and_the_stated_distortion_is_true(self, shape, width):
         histogram = (SHAPES | DEGENERATE)[shape]
-        levels, left = lloyd_max(histogram, width)
+        levels = lloyd_max(histogram, width)
+        left = stated(histogram, levels)
         assert levels.shape == (1, 1 << width)
         assert levels.dtype == torch.float32
         assert (levels.diff() > 0).all()
@@ -208,23 +214,62 @@ class TestLloydMax:
     @pytest.mark.parametrize("shape", SHAPES | DEGENERATE)
     def test_distortion_falls_with_the_width(self, shape):
         histogram = (SHAPES | DEGENERATE)[shape]
-        left = [float(lloyd_max(histogram, width)[1]) for width in range(MAX_WIDTH + 1)]
+        left = [stated(histogram, lloyd_max(histogram, width)) for width in range(MAX_WIDTH + 1)]
         within_a_bin = float(histogram.sum()) / PER_UNIT**2
         assert all(more <= less + within_a_bin for less, more in pairwise(left))
 
     @settings(max_examples=30, deadline=None)
     @given(st.lists(st.floats(-30, 30), min_size=1, max_size=40), st.integers(0, MAX_WIDTH))
     def test_any_histogram_gives_ascending_levels(self, values, width):
-        levels, left = lloyd_max(histogram_of(torch.tensor(values).clamp(-11.99, 11.99)), width)
+        histogram = histogram_of(torch.tensor(values).clamp(-11.99, 11.99))
+        levels = lloyd_max(histogram, width)
         assert (levels.diff() > 0).all()
-        assert 0 <= float(left) < torch.inf
+        assert 0 <= stated(histogram, levels) < torch.inf
 
     def test_histograms_do_not_influence_each_other(self):
         together = lloyd_max(torch.cat(list(SHAPES.values())), 3)
         for row, histogram in enumerate(SHAPES.values()):
-            levels, left = lloyd_max(histogram, 3)
-            torch.testing.assert_close(together[0][row : row + 1], levels)
-            torch.testing.assert_close(together[1][row : row + 1], left)
+            torch.testing.assert_close(together[row : row + 1], lloyd_max(histogram, 3))
+
+
+class TestSplines:
+    @pytest.fixture
+    def spline(self) -> MonotoneSpline:
+        generator = torch.Generator().manual_seed(0)
+        steps = torch.rand(2, 5, 7, generator=generator, dtype=torch.float64) + 0.05
+        return MonotoneSpline(steps[0].cumsum(1), steps[1].cumsum(1), steps[0] + 0.1)
+
+    def test_passes_through_its_knots_with_its_slopes(self, spline):
+        torch.testing.assert_close(spline(spline.x), spline.y)
+        x = spline.x.clone().requires_grad_()
+        spline(x).sum().backward()
+        torch.testing.assert_close(x.grad, spline.slope)
+
+    def test_inverse_is_exact_and_both_rise(self, spline):
+        share = torch.linspace(0, 1, 201, dtype=torch.float64)
+        x = spline.x[:, :1] + share * (spline.x[:, -1:] - spline.x[:, :1])
+        y = spline(x)
+        assert (y.diff() > 0).all()
+        torch.testing.assert_close(spline.inverse(y), x, rtol=0, atol=1e-12)
+
+    def test_straight_where_knots_and_slopes_are(self):
+        knots = torch.arange(5.0)[None]
+        spline = MonotoneSpline(knots, 3 * knots, torch.full((1, 5), 3.0))
+        x = torch.tensor([[0.1, 1.7, 3.9]])
+        torch.testing.assert_close(spline(x), 3 * x)
+
+    @pytest.mark.parametrize("width", [1, 2, 3, 4, 5])
+    @pytest.mark.parametrize("shape", ["gaussian", "laplacian", "one-sided", "clipped"])
+    def test_levels_come_close_to_lloyd_and_max(self, shape, width):
+        best = stated(SHAPES[shape], lloyd_max(SHAPES[shape], width))
+        assert stated(SHAPES[shape], spline_levels(SHAPES[shape], width)) <= 1.15 * best
+
+    @pytest.mark.parametrize("width", [1, 4, 8])
+    @pytest.mark.parametrize("shape", SHAPES | DEGENERATE)
+    def test_levels_ascend(self, shape, width):
+        levels = spline_levels((SHAPES | DEGENERATE)[shape], width)
+        assert levels.shape == (1, 1 << width)
+        assert (levels.diff() > 0).all()
 
 
 class TestWholeLevels:
@@ -232,7 +277,7 @@ class TestWholeLevels:
     @pytest.mark.parametrize("shape", SHAPES | DEGENERATE)
     def test_levels_are_whole_numbers_that_ascend_and_the_stated_distortion_is_true(self, shape, width):
         histogram = (SHAPES | DEGENERATE)[shape]
-        levels, unit, left = whole_levels(histogram, lloyd_max(histogram, width)[0])
+        levels, unit, left = whole_levels(histogram, lloyd_max(histogram, width))
         assert torch.equal(levels, levels.round())
         assert (levels.diff() > 0).all()
         assert levels.min() >= -128
@@ -244,12 +289,12 @@ class TestWholeLevels:
     # The last is a uniform quantiser of 256 levels: its optimum for a Gaussian is 1.7 times Lloyd and Max's.
     @pytest.mark.parametrize(("width", "limit"), [(1, 1.001), (2, 1.001), (3, 1.005), (4, 1.01), (5, 1.05), (6, 1.2)])
     def test_whole_numbers_cost_little(self, width, limit):
-        levels, left = lloyd_max(gaussian(), width)
-        assert whole_levels(gaussian(), levels)[2] <= left * limit
+        levels = lloyd_max(gaussian(), width)
+        assert whole_levels(gaussian(), levels)[2] <= stated(gaussian(), levels) * limit
 
     @pytest.mark.parametrize("width", [7, 8])
     def test_many_levels_come_close_to_the_best_uniform_quantiser(self, width):
-        levels, unit, _ = whole_levels(gaussian(), lloyd_max(gaussian(), width)[0])
+        levels, unit, _ = whole_levels(gaussian(), lloyd_max(gaussian(), width))
         left = distortion_of(gaussian(), levels[0].double() * unit)
         uniform = min(
             distortion_of(gaussian(), torch.arange(0.5 - 2 ** (width - 1), 2 ** (width - 1)) * step / 1000)
@@ -260,10 +305,10 @@ class TestWholeLevels:
 
 
 def test_stated_distortion_of_codebooks_is_what_coding_costs(monkeypatch):
-    monkeypatch.setattr("calibration.fit._UNSEEN", 0.0)
+    monkeypatch.setattr("calibration.fit.codebooks._UNSEEN", 0.0)
     statistics = kind_statistics(samples=3000)
     transform = weighted_klt(statistics)
-    books = fit_codebooks(statistics, transform)
+    books = codebooks(statistics, transform)
     latents = torch.einsum("lhrd,lhnd->lhrn", transform.analysis, statistics.residual.float()).unflatten(2, (-1, GROUP))
     importance = transform.importance.unflatten(2, (-1, GROUP))
     for width in (0, 1, 3, 5):
@@ -280,8 +325,8 @@ class TestSinks:
         return statistics, weighted_klt(statistics)
 
     def with_sink(self, fitted, sink: Tensor) -> tuple[Tensor, Tensor]:
-        statistics, transform = fitted
-        return fit_sinks(KindStatistics(**vars(statistics) | {"sink": sink}), transform)
+        _, transform = fitted
+        return fit_sinks(sink, transform.analysis)
 
     def test_sink_that_never_varies_is_exact(self, fitted):
         constant = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(5)) * 100
@@ -309,11 +354,11 @@ class TestSinks:
 class TestPca:
     @pytest.fixture(scope="class")
     def statistics(self) -> Statistics:
-        return Statistics((0, 2), kind_statistics(0), kind_statistics(1), tokens=500)
+        return Statistics((0, 2), kind_statistics(0), kind_statistics(1), torch.arange(4, 504), tokens=500)
 
     @pytest.mark.parametrize("budget", [32, 64, 192])
     def test_latents_without_bits_have_no_part_in_the_codec(self, statistics, budget):
-        fitted = PcaFit.of(statistics)
+        fitted = FITS["pca"](statistics)
         codec = fitted.codec(plan_budget(fitted.distortion, budget))
         assert codec.plan.bytes_per_token == budget
         for name, widths in zip(("key", "value"), codec.plan.widths, strict=True):
@@ -323,10 +368,10 @@ class TestPca:
             assert len(codec.tensors[f"{name}.levels"]) == sum(1 << int(w) for w in widths.flatten() if w)
 
     def test_planned_distortion_is_that_of_the_codebooks_it_exports(self, statistics):
-        fitted = PcaFit.of(statistics)
+        fitted = FITS["pca"](statistics)
         assert fitted.distortion.shape == (2, 2, 3, 2, MAX_WIDTH + 1)
         codec = fitted.codec(plan_budget(fitted.distortion, 96))
-        books = fit_codebooks(statistics.key, weighted_klt(statistics.key))
+        books = codebooks(statistics.key, weighted_klt(statistics.key))
         torch.testing.assert_close(fitted.distortion[0], books.distortion)
         widths = codec.plan.widths[0]
         assert books.of(widths).shape == (*widths.shape, LEVELS)

@@ -7,6 +7,15 @@ from typing import Annotated, Optional
 import typer
 
 
+class Fit(StrEnum):
+    """Fitting algorithms (`calibration.fit`)."""
+
+    pca = "pca"
+    pca_spline = "pca_spline"
+    kvsplice = "kvsplice"
+    kvsplice_spline = "kvsplice_spline"
+
+
 class Planner(StrEnum):
     """Who decides on bits (`calibration.planners`)."""
 
@@ -33,6 +42,17 @@ MaxIncrease = Annotated[
 Plans = Annotated[
     Optional[Planner],
     typer.Option(help="Who decides on bits.  [default: budget; manual with --plan]", show_default=False),
+]
+Fits = Annotated[
+    Optional[Fit], typer.Option(help="How transforms and codebooks are fitted.  [default: pca]", show_default=False)
+]
+Finetune = Annotated[
+    Optional[bool],
+    typer.Option("--finetune", help="Then train the codec until the model says what it says uncompressed: minutes."),
+]
+Steps = Annotated[Optional[int], typer.Option(help="Of --finetune.  [default: 300]")]
+Errors = Annotated[
+    Optional[Path], typer.Option(help="Write every head's errors before and after training here, as CSV.")
 ]
 PlanJson = Annotated[
     Optional[Path], typer.Option("--plan", help="A plan of kvsplice plan, or one written by hand (configs/README.md).")

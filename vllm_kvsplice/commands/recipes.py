@@ -23,10 +23,14 @@ def calibrate(
     planner: options.Plans = None,
     plan: options.PlanJson = None,
     fim: options.Fim = None,
+    fit: options.Fits = None,
+    finetune: options.Finetune = None,
+    steps: options.Steps = None,
     config: options.Recipe = None,
     context: options.Context = None,
     seed: options.Seed = None,
     statistics: options.Statistics = None,
+    errors: options.Errors = None,
 ) -> None:
     """Measure a model, decide where its bits go, fit the codec, judge it, and write the artifact.
 
@@ -42,9 +46,12 @@ def calibrate(
     from vllm_kvsplice.artifact import check_target
 
     sizes = {"bits": bits, "budget": budget, "max_ppl_increase": max_ppl_increase}
-    recipe = _recipe(config, planner, plan, fim, text=text, tokens=tokens, context=context, seed=seed, **sizes)
+    training = {"fit": fit and fit.value, "finetune": finetune, "steps": steps}
+    recipe = _recipe(
+        config, planner, plan, fim, text=text, tokens=tokens, context=context, seed=seed, **sizes, **training
+    )
     check_target(out)
-    artifact = run(model, out, recipe, statistics)
+    artifact = run(model, out, recipe, statistics, errors)
     print_summary(artifact, f"Wrote {out}")
     console.print(f"Serve it with: kvsplice serve {model} {out}", soft_wrap=True)
 

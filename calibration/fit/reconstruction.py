@@ -1,0 +1,113 @@
+"""`kvsplice`, phase 1: transforms and codebooks learned on stored samples, for least Fisher-weighted error after coding.
+
+Transform and decoder are trained through the quantiser, then codebooks are fitted anew to the latents that came of it, in
+turn. Every head is judged on samples that it was not trained on, and keeps what it started from where that is better.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from calibration.fit.closed_form import ClosedForm
+from calibration.fit.codebooks import LevelFit, fit_codebooks
+from calibration.fit.coder import FittedCodec, KindCoder
+from calibration.fit.trainable import TrainableKind, latent_error
+from calibration.plan import Plan
+from calibration.statistics import KindStatistics, Statistics
+
+_ROUNDS, _STEPS, _RATE = 2, 60, 3e-3
+# Of all heads at once.
+_BATCH = 256
+# One sample in eight judges.
+_HELD_OUT = 8
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A closed form that is trained once its plan is known."""
+
+    closed_form: ClosedForm
+    level_fit: LevelFit
+
+    @classmethod
+    def of(cls, statistics: Statistics, levels: LevelFit) -> "Learned":
+        return cls(ClosedForm.of(statistics, levels), levels)
+
+    @property
+    def distortion(self) -> Tensor:
+        """Of the closed form: [2, L, H, G, 9]."""
+        return self.closed_form.distortion
+
+    def start(self, plan: Plan) -> FittedCodec:
+        """The codec of `plan` before training."""
+        return self.closed_form.codec(plan)
+
+    def codec(self, plan: Plan) -> FittedCodec:
+        """The trained codec of `plan`."""
+        fitted = self.start(plan)
+        error = latent_error(fitted)
+        statistics = self.closed_form.statistics
+        key = _train(fitted.key, statistics.key, self.level_fit, error)
+        value = _train(fitted.value, statistics.value, self.level_fit, error)
+        return FittedCodec(plan, key, value)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Residuals [L, H, n, D] and their weights [L, H, n]."""
+
+    residual: Tensor
+    weight: Tensor
+
+    def at(self, chosen: Tensor) -> "_Samples":
+        return _Samples(self.residual[:, :, chosen], self.weight[:, :, chosen])
+
+
+def weighted_errors(kind: TrainableKind, metric: KindCoder, samples: _Samples) -> Tensor:
+    """Fisher-weighted squared error of reading back `samples`, in the metric of `metric`: mean of each head, [L, H]."""
+    residual = samples.residual.float()
+    latents = metric.analysis @ (kind(residual) - residual).mT
+    return ((latents.square() * metric.importance[..., None]).sum(-2) * samples.weight).mean(-1)
+
+
+def _train(start: KindCoder, statistics: KindStatistics, level_fit: LevelFit, error: float) -> KindCoder:
+    judging = torch.arange(statistics.residual.shape[2]) % _HELD_OUT == 0
+    samples = _Samples(statistics.residual, statistics.weight)
+    training, held_out = samples.at(~judging), samples.at(judging)
+    coder = start
+    for turn in range(_ROUNDS):
+        if turn:
+            coder = _with_codebooks(coder, training, level_fit)
+        coder = _steps(coder, start, training, error, seed=turn)
+    with torch.no_grad():
+        before, after = (weighted_errors(TrainableKind(c, error), start, held_out) for c in (start, coder))
+    return _choose(after < before, coder, start)
+
+
+def _steps(coder: KindCoder, metric: KindCoder, samples: _Samples, error: float, seed: int) -> KindCoder:
+    """Adam on minibatches, its rate falling to nothing."""
+    kind = TrainableKind(coder, error)
+    optimizer = torch.optim.Adam([kind.analysis_step, kind.synthesis_step], lr=_RATE, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(_STEPS):
+        batch = samples.at(torch.randint(samples.weight.shape[2], (_BATCH,), generator=generator))
+        optimizer.zero_grad()
+        # In units of what is expected, so that the optimiser sees no tiny numbers.
+        (weighted_errors(kind, metric, batch).sum() / error).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return kind.coder()
+
+
+def _with_codebooks(coder: KindCoder, samples: _Samples, level_fit: LevelFit) -> KindCoder:
+    books = fit_codebooks(samples.residual, samples.weight, coder.analysis, coder.importance, level_fit)
+    return replace(coder, levels=books.of(coder.widths), unit=books.unit_of(coder.widths))
+
+
+def _choose(first: Tensor, one: KindCoder, other: KindCoder) -> KindCoder:
+    """Of heads [L, H] where `first` is true, those of `one`, else of `other`."""
+    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
+    return KindCoder(*(torch.where(first.view(*first.shape, *[1] * (a.dim() - 2)), a, b) for a, b in pairs))
