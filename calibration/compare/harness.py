@@ -22,13 +22,17 @@ from vllm_kvsplice.artifact import BASELINE_BITS, ModelShape
 
 @dataclass(frozen=True)
 class Row:
-    """A method's place: what it stores and what that costs, beside the perplexity of the model as it is."""
+    """A method's place: what it stores and what that costs, beside the perplexity of the model as it is.
+
+    `standard_error_percent` is that of the change, from how it differs between windows; NaN of a single one.
+    """
 
     method: str
     family: str
     bits_per_element: float
     ppl: float
     change_percent: float
+    standard_error_percent: float
     baseline_ppl: float
     tokens: int
     context: int
@@ -53,20 +57,22 @@ def compare(
 
     """
     context = windows.shape[1]
-    tokens = len(windows) * (context - 1)
-    plain = _nats(model, windows, progress)
+    plain = _nats_per_token(model, windows, progress)
     layers, shape = attended_layers(model), ModelShape.of(model.config)
     for method in methods:
         with tapped(model, _tap(method, shape.num_layers), method.own_window or Reading(recent)):
-            result = Evaluation(math.exp(plain / tokens), math.exp(_nats(model, windows, progress) / tokens), tokens)
+            compressed = _nats_per_token(model, windows, progress)
+        result = Evaluation(math.exp(plain.mean()), math.exp(compressed.mean()), len(windows) * (context - 1))
+        spread = float((compressed - plain).std()) if len(windows) > 1 else math.nan
         yield Row(
             method=method.name,
             family=method.family,
             bits_per_element=total_bits(method, layers, shape, context, recent),
             ppl=result.ppl,
             change_percent=result.change_percent,
+            standard_error_percent=(100 + result.change_percent) * spread / math.sqrt(len(windows)),
             baseline_ppl=result.baseline_ppl,
-            tokens=tokens,
+            tokens=result.tokens,
             context=context,
             recent_window=recent,
         )
@@ -116,9 +122,10 @@ def _tap(method: Method, num_layers: int) -> Tap:
     return tap
 
 
-def _nats(model: PreTrainedModel, windows: Tensor, progress: Callable[[], None]) -> float:
-    total = 0.0
+def _nats_per_token(model: PreTrainedModel, windows: Tensor, progress: Callable[[], None]) -> Tensor:
+    """Mean negative log-likelihood of each window, float64 [W]."""
+    nats = []
     for window in windows:
-        total += summed_loss(model, window)
+        nats.append(summed_loss(model, window) / (len(window) - 1))
         progress()
-    return total
+    return torch.tensor(nats, dtype=torch.float64)

@@ -54,7 +54,8 @@ def run(settings: Settings) -> Iterator[Row]:
         KVSpliceError: a mistake of the user's; the message names the way out.
 
     """
-    if settings.fit and settings.fit.text not in NAMED and Path(settings.fit.text) == Path(settings.text):
+    fit = settings.fit
+    if fit and fit.text not in NAMED and Path(fit.text).resolve() == Path(settings.text).resolve():
         raise KVSpliceError(f"{settings.text} is text to fit on and to judge on; give --fit-text another one")
     content = read_text(settings.text)
     given = [(path.name, load_artifact(path)) for path in settings.artifacts]
@@ -66,16 +67,15 @@ def run(settings: Settings) -> Iterator[Row]:
     windows = token_windows(tokenizer, content, settings.windows, settings.context)
     for _, artifact in given:
         artifact.check_model(model.config)
-    methods = [*PEERS, *(_fitted(settings, model) if settings.fit else ())]
+    methods = [*PEERS, *(_fitted(settings, fit, model) if fit else ())]
     methods += [_ours(name, artifact, model) for name, artifact in given]
     with steps(f"Judging {len(methods)} methods", (1 + len(methods)) * len(windows)) as progress:
         yield from compare(model, methods, windows, settings.recent, progress)
 
 
-def _fitted(settings: Settings, model: PreTrainedModel) -> Iterator[Method]:
+def _fitted(settings: Settings, fit: CalibrationConfig, model: PreTrainedModel) -> Iterator[Method]:
     """Truncated rank and our codecs, from one measurement of the text to fit on."""
-    assert settings.fit
-    measured = study(settings.model, settings.fit, settings.statistics)
+    measured = study(settings.model, fit, settings.statistics)
     with steps("Measuring principal components", len(measured.windows)) as progress:
         yield from rank_peers(measured.model, measured.windows, progress)
     for bits in SIZES:

@@ -1,5 +1,6 @@
 """The harness: our rows are those of `kvsplice eval`, position 0 is nobody's, and nothing is computed twice."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,19 @@ def test_our_rows_are_those_of_eval(studied: Studied, recent: int) -> None:
     assert row.bits_per_element == 3 + 16 * recent / 48
 
 
+def test_errors_are_those_of_the_windows_own_changes(studied: Studied) -> None:
+    one, other = (
+        list(compare(studied.model, PEERS[:4], studied.windows[i : i + 1], 0, lambda: None))[3] for i in range(2)
+    )
+    both = studied.rows(PEERS[3])[0]
+    nats = [math.log(row.ppl / row.baseline_ppl) for row in (one, other)]
+    # Two values differ from their mean by half their difference: its standard error is that half.
+    assert both.standard_error_percent == pytest.approx(
+        100 * both.ppl / both.baseline_ppl * abs(nats[0] - nats[1]) / 2, rel=1e-3
+    )
+    assert math.isnan(one.standard_error_percent)
+
+
 def test_position_0_is_read_exactly_and_shown_to_no_method(studied: Studied) -> None:
     method = nothing()
     (row,) = studied.rows(method)
@@ -113,7 +127,7 @@ def test_the_uncompressed_model_runs_once_for_all_methods(studied: Studied) -> N
 
 
 def row(family: str, bits: float, ppl: float) -> Row:
-    return Row(f"{family} {bits:g}", family, bits, ppl, 0.0, 10.0, 100, 50, 0)
+    return Row(f"{family} {bits:g}", family, bits, ppl, 0.0, 0.0, 10.0, 100, 50, 0)
 
 
 def test_the_smallest_peer_that_is_as_good_is_found() -> None:

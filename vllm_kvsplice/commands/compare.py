@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from vllm_kvsplice.commands import options
 from vllm_kvsplice.commands.printing import console
@@ -73,9 +73,10 @@ def _print(rows: "Sequence[Row]") -> None:
     from calibration.compare.harness import better_peer
     from calibration.compare.run import OURS
 
-    table = Table("method", "bits per element", "perplexity", "change")
+    table = Table(Column("method", no_wrap=True), "bits", "perplexity", "change")
     for row in sorted(rows, key=lambda row: row.bits_per_element):
-        table.add_row(row.method, f"{row.bits_per_element:.3f}", f"{row.ppl:.3f}", f"{row.change_percent:+.2f} %")
+        change = f"{row.change_percent:+.2f} ± {row.standard_error_percent:.2f} %"
+        table.add_row(row.method, f"{row.bits_per_element:.3f}", f"{row.ppl:.3f}", change)
     console.print(table)
     console.print(f"uncompressed: {rows[0].baseline_ppl:.3f} on {rows[0].tokens} tokens")
     for row in rows:
