@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 
 import pandas
@@ -15,7 +16,8 @@ from vllm_kvsplice.errors import KVSpliceError
 # A logarithm has no place for growth at or below nothing: what is less is drawn here.
 FLOOR_PERCENT = 0.01
 BITS, GROWTH = "bits per element", f"growth of perplexity, % (at least {FLOOR_PERCENT})"
-# Colours that those who see them differently can tell apart (Okabe and Ito), each with a mark of its own.
+# Colour, and mark in Matplotlib and in plotly: colours that those who see them differently can tell apart (Okabe and Ito).
+OUR_STYLE = ("black", "o", "circle")
 STYLES = (
     ("#0072b2", "s", "square"),
     ("#d55e00", "^", "triangle-up"),
@@ -29,9 +31,15 @@ STYLES = (
 NAMES = ("comparison.png", "comparison.html")
 
 
-def frame(rows: Sequence[Row]) -> pandas.DataFrame:
-    """A line per method."""
-    return pandas.DataFrame(map(asdict, rows))
+def save_rows(rows: Sequence[Row], json_file: Path | None, csv_file: Path | None) -> None:
+    """Write a list of objects, a table with a header, both or neither."""
+    table = pandas.DataFrame(map(asdict, rows))
+    for file in filter(None, (json_file, csv_file)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if json_file:
+        table.to_json(json_file, orient="records", indent=1)
+    if csv_file:
+        table.to_csv(csv_file, index=False)
 
 
 def check_plot(target: Path) -> None:
@@ -57,13 +65,12 @@ def picture(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
     for family, points, (colour, mark, _) in _curves(rows):
-        ours = family == OURS
         axes.plot(
             [row.bits_per_element for row in points],
             [max(row.change_percent, FLOOR_PERCENT) for row in points],
-            color="black" if ours else colour,
-            marker="o" if ours else mark,
-            linewidth=2.2 if ours else 1,
+            color=colour,
+            marker=mark,
+            linewidth=2.2 if family == OURS else 1,
             label=family,
         )
     axes.set(xlabel=BITS, ylabel=GROWTH, yscale="log")
@@ -76,14 +83,13 @@ def interactive(rows: Sequence[Row]) -> go.Figure:
     """The same with the name and the figures of every point; needs no network."""
     figure = go.Figure()
     for family, points, (colour, _, symbol) in _curves(rows):
-        ours = family == OURS
         figure.add_scatter(
             x=[row.bits_per_element for row in points],
             y=[max(row.change_percent, FLOOR_PERCENT) for row in points],
             mode="lines+markers",
             name=family,
-            line={"color": "black" if ours else colour, "width": 3 if ours else 1.2},
-            marker={"symbol": "circle" if ours else symbol, "size": 9},
+            line={"color": colour, "width": 3 if family == OURS else 1.2},
+            marker={"symbol": symbol, "size": 9},
             text=[f"{row.method}: {row.bits_per_element:.2f} bits, {row.change_percent:+.2f} %" for row in points],
             hovertemplate="%{text}<extra></extra>",
         )
@@ -92,15 +98,8 @@ def interactive(rows: Sequence[Row]) -> go.Figure:
 
 
 def _curves(rows: Sequence[Row]) -> list[tuple[str, list[Row], tuple[str, str, str]]]:
-    """Family, its points by size, and colour and marks."""
-    families = sorted({row.family for row in rows}, key=[row.family for row in rows].index)
-    peers = [family for family in families if family != OURS]
-    style = {family: STYLES[index % len(STYLES)] for index, family in enumerate([*peers, OURS])}
-    return [
-        (
-            family,
-            sorted((row for row in rows if row.family == family), key=lambda row: row.bits_per_element),
-            style[family],
-        )
-        for family in families
-    ]
+    """Family, its points by size, and its style."""
+    peers = [family for family in dict.fromkeys(row.family for row in rows) if family != OURS]
+    styles = dict(zip(peers, cycle(STYLES), strict=False)) | {OURS: OUR_STYLE}
+    by_size = sorted(rows, key=lambda row: row.bits_per_element)
+    return [(family, [row for row in by_size if row.family == family], style) for family, style in styles.items()]

@@ -45,7 +45,7 @@ def compare(
 
     `kvsplice compare ./my-model --text judge.txt --artifact ./my-model/kvsplice --recent 32`
     """
-    from calibration.compare.plots import check_plot, frame, save_plots
+    from calibration.compare.plots import check_plot, save_plots, save_rows
     from calibration.compare.run import Settings, run
     from calibration.recipe import read_config
     from vllm_kvsplice.serving.settings import locate_artifact
@@ -57,12 +57,7 @@ def compare(
     rows: list[Row] = []
     for row in run(Settings(model, text, fit, artifacts, windows, context, recent, statistics)):
         rows.append(row)
-        for file in filter(None, (json_file, csv_file)):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        if json_file:
-            frame(rows).to_json(json_file, orient="records", indent=1)
-        if csv_file:
-            frame(rows).to_csv(csv_file, index=False)
+        save_rows(rows, json_file, csv_file)
     _print(rows)
     for written in save_plots(rows, plot) if plot else ():
         console.print(f"Wrote {written}")
