@@ -75,6 +75,7 @@ setup(
         "rich",
         "datasets",
         "huggingface_hub",
+        "matplotlib",
         "pandas",
         "plotly",
     ],

@@ -39,11 +39,15 @@ class Reading:
     recent: int = 0
     prompt: int = 0
 
-    def exact(self, tokens: int, device: torch.device) -> Tensor:
-        """bool [T, T]: whether the query of the row reads the token of the column exactly."""
+    def exact_keys(self, tokens: int, device: torch.device) -> Tensor:
+        """bool [T, T]: whether the query of the row reads the key of the column exactly."""
         positions = torch.arange(tokens, device=device)
         query = positions[:, None]
         return (positions > query - self.recent) | (query < self.prompt)
+
+    def exact_values(self, tokens: int, device: torch.device) -> Tensor:
+        """The same of values."""
+        return self.exact_keys(tokens, device)
 
 
 AS_STORED = Reading()
@@ -79,12 +83,17 @@ def _tapped_attention(
 def _mixed(
     stored: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], mask: Tensor | None, reading: Reading
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every token twice, as stored and as it is, under a mask that shows each query one of the two."""
-    tokens = exact[0].shape[2]
-    read_exactly = reading.exact(tokens, exact[0].device)
-    visible = torch.ones_like(read_exactly).tril() if mask is None else mask
-    key, value = (torch.cat(pair, 2) for pair in zip(stored, exact, strict=True))
-    return key, value, torch.cat((visible & ~read_exactly, visible & read_exactly), -1)
+    """Every token in each of the ways it may be read, under a mask that shows each query one of them."""
+    tokens, device = exact[0].shape[2], exact[0].device
+    exact_keys, exact_values = reading.exact_keys(tokens, device), reading.exact_values(tokens, device)
+    visible = torch.ones_like(exact_keys).tril() if mask is None else mask
+    ways = []
+    for key, key_read in ((stored[0], ~exact_keys), (exact[0], exact_keys)):
+        for value, value_read in ((stored[1], ~exact_values), (exact[1], exact_values)):
+            if (read := key_read & value_read).any():
+                ways.append((key, value, visible & read))
+    keys, values, masks = zip(*ways, strict=True)
+    return torch.cat(keys, 2), torch.cat(values, 2), torch.cat(masks, -1)
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _tapped_attention)

@@ -53,9 +53,9 @@ def evaluate(
     tap, skip = compressing_tap(codecs, mode), max(1, skip, reading.prompt)
     plain = squeezed = 0.0
     for window in windows:
-        plain += _loss(model, window, skip)
+        plain += summed_loss(model, window, skip)
         with tapped(model, tap, reading):
-            squeezed += _loss(model, window, skip)
+            squeezed += summed_loss(model, window, skip)
         progress()
     tokens = len(windows) * (windows.shape[1] - skip)
     return Evaluation(math.exp(plain / tokens), math.exp(squeezed / tokens), tokens)
@@ -85,7 +85,7 @@ def _restore(codec: LayerCodec, key: Tensor, value: Tensor, mode: Mode) -> tuple
 
 
 @torch.no_grad()
-def _loss(model: PreTrainedModel, window: Tensor, skip: int) -> float:
+def summed_loss(model: PreTrainedModel, window: Tensor, skip: int = 1) -> float:
     """Summed negative log-likelihood of a window's tokens after its first `skip`, in nats."""
     window = window.to(model.device)
     logits = model(window[None], use_cache=False).logits[0, skip - 1 : -1].float()

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from vllm_kvsplice import __version__
 from vllm_kvsplice.commands import analysis, recipes
+from vllm_kvsplice.commands.compare import compare
 from vllm_kvsplice.commands.options import ArtifactDir, Model
 from vllm_kvsplice.commands.printing import console, print_summary, print_width_map
 from vllm_kvsplice.errors import KVSpliceError
@@ -34,6 +35,7 @@ class Mode(StrEnum):
 
 app.command()(recipes.calibrate)
 app.command()(recipes.plan)
+app.command()(compare)
 app.command()(analysis.fim)
 app.command()(analysis.report)
 
