@@ -1,50 +1,29 @@
 """A tap on the attention of any Hugging Face causal LM: see, or replace, the keys and values a layer attends to.
 
-`tapped` puts other keys and values in their place; `watched` only looks, at queries as well.
+`tapped` puts other keys and values in their place; `watched` only looks, at queries as well. Both work with whatever
+attention the model was loaded with, which it has again afterwards.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.huggingface.attention import Reading, both, refuse_unsupported, visible_to
 
-ATTENTION = "kvsplice"
+__all__ = ["AS_STORED", "Reading", "Tap", "Watch", "tapped", "watched"]
+
+ATTENTION = "kvsplice_tap"
 
 # (layer index, key, value) -> (key, value); keys are rotated, tensors are [batch, H, T, D].
 Tap = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 # (layer index, query [batch, G * H, T, D], key [batch, H, T, D], factor of their products), both rotated.
 Watch = Callable[[int, Tensor, Tensor, float], None]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Which tokens a query reads as they are; all others it reads as the tap returns them.
-
-    Attributes:
-        recent: W; a query at position i reads j > i - W exactly (`vllm_kvsplice.engines.Window`).
-        prompt: queries before this position read everything exactly, as those of a prompt that a server with
-            ``prefill: exact`` reads in one step.
-
-    """
-
-    recent: int = 0
-    prompt: int = 0
-
-    def exact(self, tokens: int, device: torch.device) -> Tensor:
-        """bool [T, T]: whether the query of the row reads the token of the column exactly."""
-        positions = torch.arange(tokens, device=device)
-        query = positions[:, None]
-        return (positions > query - self.recent) | (query < self.prompt)
-
 
 AS_STORED = Reading()
 
@@ -60,8 +39,7 @@ def _tapped_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    if options.get("softcap") is not None:
-        raise KVSpliceError("this model caps its attention logits, which KVSplice does not support")
+    refuse_unsupported(options)
     # Layers with a sliding window keep their dense cache in the server, so nothing is measured or changed there.
     full = options.get("sliding_window") is None
     if _watching and full:
@@ -72,19 +50,10 @@ def _tapped_attention(
         if reading == AS_STORED:
             key, value = stored
         else:
-            key, value, attention_mask = _mixed(stored, (key, value), attention_mask, reading)
+            tokens = key.shape[2]
+            visible = visible_to(attention_mask, tokens, tokens, key.device)
+            key, value, attention_mask = both(stored, (key, value), visible, reading.exact(tokens, key.device))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-
-
-def _mixed(
-    stored: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], mask: Tensor | None, reading: Reading
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Every token twice, as stored and as it is, under a mask that shows each query one of the two."""
-    tokens = exact[0].shape[2]
-    read_exactly = reading.exact(tokens, exact[0].device)
-    visible = torch.ones_like(read_exactly).tril() if mask is None else mask
-    key, value = (torch.cat(pair, 2) for pair in zip(stored, exact, strict=True))
-    return key, value, torch.cat((visible & ~read_exactly, visible & read_exactly), -1)
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _tapped_attention)
@@ -96,30 +65,32 @@ def tapped(model: PreTrainedModel, tap: Tap, reading: Reading = AS_STORED) -> It
     """Within this block, every full-attention layer of `model` attends to what `tap` returns.
 
     What `reading` exempts it attends to as it is.
-
-    The model must have been loaded with ``attn_implementation="kvsplice"`` (`calibration.models.load_model` does).
     """
-    assert model.config._attn_implementation == ATTENTION, "load the model with calibration.models.load_model"
     _active.append((tap, reading))
     try:
-        yield
+        with _switched(model):
+            yield
     finally:
         _active.pop()
 
 
 @contextmanager
 def watched(model: PreTrainedModel, watch: Watch) -> Iterator[None]:
-    """Within this block, `watch` sees what every full-attention layer of `model` attends with; text must not be padded.
-
-    Works with any attention implementation the model was loaded with, which it has again afterwards.
-    """
-    before = model.config._attn_implementation
-    if before != ATTENTION:
-        model.set_attn_implementation(ATTENTION)
+    """Within this block, `watch` sees what every full-attention layer of `model` attends with; text must not be padded."""
     _watching.append(watch)
+    try:
+        with _switched(model):
+            yield
+    finally:
+        _watching.pop()
+
+
+@contextmanager
+def _switched(model: PreTrainedModel) -> Iterator[None]:
+    """`model` with the attention function of this module."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
     try:
         yield
     finally:
-        _watching.pop()
-        if before != ATTENTION:
-            model.set_attn_implementation(before)
+        model.set_attn_implementation(before)

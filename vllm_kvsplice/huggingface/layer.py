@@ -1,0 +1,177 @@
+"""One layer of a `KVSpliceCache`: every token packed, the newest ones as they are too. Letters as in `vllm_kvsplice`.
+
+Tensors that are held between steps have the batch first, whatever else they are; so what happens to the batch happens to
+all of them alike (`_each`).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from vllm_kvsplice.codec import LayerCodec
+from vllm_kvsplice.huggingface.attention import KeysValues, Reading, Step, both, visible_to
+
+
+class CompressedLayer(CacheLayerMixin):
+    """Packed codes of a layer's tokens, and its exact window.
+
+    Attributes:
+        codes: uint8 [batch, S, token_bytes].
+        window: the newest tokens as they are, [batch, 2, H, at most W - 1, D] in the model's dtype, keys before values; a
+            query brings the token at its own position along.
+        positions: int32 [batch, S], the place of every token in its sequence. Only the layer that leads has them.
+        record_past: keep all tokens as they are until the next `crop`, which may want them back.
+
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, codec: LayerCodec, recent: int, leader: "CompressedLayer | None" = None) -> None:
+        super().__init__()
+        self.codec = codec
+        self.recent = recent
+        # The first layer of a step knows its positions first, and keeps them for the others.
+        self.leader = leader or self
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.codec = self.codec.to(key_states.device)
+        batch, device = key_states.shape[0], key_states.device
+        self.codes = torch.empty(batch, 0, self._stored_bytes, dtype=torch.uint8, device=device)
+        self.window = torch.stack((key_states, value_states), 1)[..., :0, :].clone()
+        if self.leader is self:
+            self.positions = torch.empty(batch, 0, dtype=torch.int32, device=device)
+        self.is_initialized = True
+
+    @property
+    def window_tokens(self) -> int:
+        return self.window.shape[3]
+
+    @property
+    def _stored_bytes(self) -> int:
+        return self.codec.layout.token_bytes
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Hand out a step [batch, H, T, D]; it is stored when attention reads it."""
+        step = Step(partial(self._take, (key_states, value_states)))
+        return step, step
+
+    def _take(
+        self, step: KeysValues, query: Tensor, mask: Tensor | None, positions: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Store a step's tokens; returns what its queries attend to, as of `both`."""
+        if not self.is_initialized:
+            self.lazy_initialization(*step)
+        batch, _, queries, _ = query.shape
+        self._store(step, positions.expand(batch, -1))
+        tokens = self.get_seq_length()
+        visible = visible_to(mask, queries, tokens, query.device)
+        key, value = self.window.unbind(1)
+        attended = both(self._restored(key.dtype), (key, value), visible, self._exactly(self.recent, queries))
+        self._attended(query, attended, visible, scale)
+        self._let_go()
+        return attended
+
+    def _store(self, step: KeysValues, positions: Tensor) -> None:
+        """Code a step's tokens [batch, H, T, D] at `positions` [batch, T], and keep them as they are for now."""
+        if self.leader is self:
+            self.positions = torch.cat((self.positions, positions.int()), 1)
+        key, value = (kind.transpose(1, 2).flatten(0, 1) for kind in step)
+        packed = self.codec.pack(self.codec.encode(key, value, positions.flatten().long()))
+        self._append(packed.unflatten(0, positions.shape))
+        self.window = torch.cat((self.window, torch.stack(step, 1)), 3)
+
+    def _append(self, packed: Tensor) -> None:
+        self.codes = torch.cat((self.codes, packed), 1)
+
+    def _packed(self) -> Tensor:
+        """uint8 [batch, S, token_bytes]."""
+        return self.codes
+
+    def _positions(self) -> Tensor:
+        """int64 [batch * S]."""
+        return self.leader.positions.to(self.codes.device).flatten().long()
+
+    def _restored(self, dtype: torch.dtype) -> KeysValues:
+        """All tokens as stored, [batch, H, S, D] each."""
+        codes = self.codec.unpack(self._packed().flatten(0, 1).T)
+        key, value = self.codec.restore(codes, self._positions())
+        return self._by_head(key).to(dtype), self._by_head(value).to(dtype)
+
+    def _by_head(self, tokens: Tensor) -> Tensor:
+        """[batch, H, S, D] of [batch * S, H, D]."""
+        return tokens.unflatten(0, self.codes.shape[:2]).transpose(1, 2)
+
+    def _exactly(self, recent: int, queries: int) -> Tensor:
+        """bool [T, S]: what the last `queries` tokens read as it is under a window of `recent`: only what is still held."""
+        tokens = self.get_seq_length()
+        exactly = Reading(recent).exact(tokens, self.codes.device, queries)
+        exactly[:, : tokens - self.window_tokens] = False
+        return exactly
+
+    def _attended(self, query: Tensor, attended: tuple[Tensor, Tensor, Tensor], visible: Tensor, scale: float) -> None:
+        """What to learn from a step's attention: nothing here."""
+
+    def _let_go(self) -> None:
+        """Forget as they are all tokens but those that a later query reads exactly."""
+        if not self.record_past:
+            begin = max(0, self.window_tokens - max(0, self.recent - 1))
+            # A clone, because a view would hold what it was cut from.
+            self.window = self.window[..., begin:, :].clone()
+
+    def get_seq_length(self) -> int:
+        return self.codes.shape[1] if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """Every tensor that is kept from one step to the next."""
+        return {name: held for name, held in vars(self).items() if isinstance(held, Tensor)}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name, held in self.held.items():
+            setattr(self, name, change(held))
+
+    def reset(self) -> None:
+        self.is_initialized = False
+        for name in self.held:
+            setattr(self, name, None)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens: that many if the number is negative (a positive one is the length to keep at most).
+
+        Of what then lies in the window, tokens that were let go as they are are read as stored, unless past recording
+        was active.
+        """
+        length = self.get_seq_length()
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
+        if not self.is_initialized:
+            return
+        self.codes = self.codes[:, : max(0, length - removed)].clone()
+        if self.leader is self:
+            self.positions = self.positions[:, : self.codes.shape[1]]
+        self.window = self.window[..., : max(0, self.window_tokens - removed), :]
+        self._let_go()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda held: held.index_select(0, beam_idx.to(held.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda held: held.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda held: held[indices])
