@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -50,9 +51,9 @@ def _tapped_attention(
         if reading == AS_STORED:
             key, value = stored
         else:
-            tokens = key.shape[2]
-            visible = visible_to(attention_mask, tokens, tokens, key.device)
-            key, value, attention_mask = both(stored, (key, value), visible, reading.exact(tokens, key.device))
+            positions = torch.arange(key.shape[2], device=key.device)
+            visible = visible_to(attention_mask, len(positions), len(positions), key.device)
+            key, value, attention_mask = both(stored, (key, value), visible, reading.exact(positions, positions))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 

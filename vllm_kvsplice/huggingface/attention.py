@@ -38,11 +38,10 @@ class Reading:
     recent: int = 0
     prompt: int = 0
 
-    def exact(self, tokens: int, device: torch.device, queries: int | None = None) -> Tensor:
-        """bool [queries, tokens]: whether a query reads a token exactly; the queries are the last of the tokens."""
-        positions = torch.arange(tokens, device=device)
-        query = positions[tokens - (tokens if queries is None else queries) :, None]
-        return (positions > query - self.recent) | (query < self.prompt)
+    def exact(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """bool [..., T, S]: whether queries at positions [..., T] read tokens at positions [..., S] exactly."""
+        query = queries[..., None]
+        return (tokens[..., None, :] > query - self.recent) | (query < self.prompt)
 
 
 class Step:
@@ -76,7 +75,7 @@ def both(stored: KeysValues, exact: KeysValues, visible: Tensor, exactly: Tensor
     Args:
         stored: [batch, H, S, D] each. exact: [batch, H, E, D] each.
         visible: bool [..., T, S], what a query sees at all.
-        exactly: bool [T, S], what it reads as it is, if it sees it; only of the last E.
+        exactly: bool [..., T, S], what it reads as it is, if it sees it; only of the last E.
 
     Returns:
         Keys and values [batch, H, S + E, D] and the mask [..., T, S + E].

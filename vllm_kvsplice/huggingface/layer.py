@@ -23,7 +23,8 @@ class CompressedLayer(CacheLayerMixin):
         codes: uint8 [batch, S, token_bytes].
         window: the newest tokens as they are, [batch, 2, H, at most W - 1, D] in the model's dtype, keys before values; a
             query brings the token at its own position along.
-        positions: int32 [batch, S], the place of every token in its sequence. Only the layer that leads has them.
+        positions: int32 [batch, S], the place of every token in its sequence, -1 for padding. Only the layer that leads
+            has them, and `window_begin`, the first column that a later query reads exactly in any row.
         record_past: keep all tokens as they are until the next `crop`, which may want them back.
 
     """
@@ -71,23 +72,34 @@ class CompressedLayer(CacheLayerMixin):
         """Store a step's tokens; returns what its queries attend to, as of `both`."""
         if not self.is_initialized:
             self.lazy_initialization(*step)
-        batch, _, queries, _ = query.shape
-        self._store(step, positions.expand(batch, -1))
-        tokens = self.get_seq_length()
+        queries, tokens = query.shape[2], self.get_seq_length() + query.shape[2]
         visible = visible_to(mask, queries, tokens, query.device)
+        if self.leader is self:
+            # A token that does not see itself is padding.
+            real = visible[..., tokens - queries :].diagonal(dim1=-2, dim2=-1).reshape(-1, queries)
+            self._place(torch.cat((self.positions, torch.where(real, positions, -1).int().expand(len(query), -1)), 1))
+        self._store(step)
         key, value = self.window.unbind(1)
         attended = both(self._restored(key.dtype), (key, value), visible, self._exactly(self.recent, queries))
         self._attended(query, attended, visible, scale)
-        self._let_go()
+        if not self.record_past:
+            self._let_go()
         return attended
 
-    def _store(self, step: KeysValues, positions: Tensor) -> None:
-        """Code a step's tokens [batch, H, T, D] at `positions` [batch, T], and keep them as they are for now."""
-        if self.leader is self:
-            self.positions = torch.cat((self.positions, positions.int()), 1)
+    def _place(self, positions: Tensor) -> None:
+        """Remember where all tokens stand, and from where on later queries read them exactly."""
+        self.positions = positions
+        exact = positions > positions.amax(1, keepdim=True) + 1 - self.recent
+        columns = (exact & (positions >= 0)).any(0).nonzero()
+        self.window_begin = int(columns[0]) if len(columns) else positions.shape[1]
+
+    def _store(self, step: KeysValues) -> None:
+        """Code a step's tokens [batch, H, T, D], and keep them as they are for now."""
+        batch, _, count, _ = step[0].shape
+        positions = self._positions()[:, -count:]
         key, value = (kind.transpose(1, 2).flatten(0, 1) for kind in step)
-        packed = self.codec.pack(self.codec.encode(key, value, positions.flatten().long()))
-        self._append(packed.unflatten(0, positions.shape))
+        packed = self.codec.pack(self.codec.encode(key, value, positions.flatten()))
+        self._append(packed.unflatten(0, (batch, count)))
         self.window = torch.cat((self.window, torch.stack(step, 1)), 3)
 
     def _append(self, packed: Tensor) -> None:
@@ -98,13 +110,13 @@ class CompressedLayer(CacheLayerMixin):
         return self.codes
 
     def _positions(self) -> Tensor:
-        """int64 [batch * S]."""
-        return self.leader.positions.to(self.codes.device).flatten().long()
+        """int64 [batch, S]; that of padding means nothing."""
+        return self.leader.positions.to(self.codes.device).long().clamp(min=0)
 
     def _restored(self, dtype: torch.dtype) -> KeysValues:
         """All tokens as stored, [batch, H, S, D] each."""
         codes = self.codec.unpack(self._packed().flatten(0, 1).T)
-        key, value = self.codec.restore(codes, self._positions())
+        key, value = self.codec.restore(codes, self._positions().flatten())
         return self._by_head(key).to(dtype), self._by_head(value).to(dtype)
 
     def _by_head(self, tokens: Tensor) -> Tensor:
@@ -112,10 +124,10 @@ class CompressedLayer(CacheLayerMixin):
         return tokens.unflatten(0, self.codes.shape[:2]).transpose(1, 2)
 
     def _exactly(self, recent: int, queries: int) -> Tensor:
-        """bool [T, S]: what the last `queries` tokens read as it is under a window of `recent`: only what is still held."""
-        tokens = self.get_seq_length()
-        exactly = Reading(recent).exact(tokens, self.codes.device, queries)
-        exactly[:, : tokens - self.window_tokens] = False
+        """bool [batch, 1, T, S]: what the last T tokens read as it is, of what is still held so, under a window of W."""
+        positions = self._positions()[:, None]
+        exactly = Reading(recent).exact(positions[..., -queries:], positions)
+        exactly[..., : positions.shape[-1] - self.window_tokens] = False
         return exactly
 
     def _attended(self, query: Tensor, attended: tuple[Tensor, Tensor, Tensor], visible: Tensor, scale: float) -> None:
@@ -123,10 +135,9 @@ class CompressedLayer(CacheLayerMixin):
 
     def _let_go(self) -> None:
         """Forget as they are all tokens but those that a later query reads exactly."""
-        if not self.record_past:
-            begin = max(0, self.window_tokens - max(0, self.recent - 1))
-            # A clone, because a view would hold what it was cut from.
-            self.window = self.window[..., begin:, :].clone()
+        begin = max(0, self.window_tokens - (self.get_seq_length() - self.leader.window_begin))
+        # A clone, because a view would hold what it was cut from.
+        self.window = self.window[..., begin:, :].clone()
 
     def get_seq_length(self) -> int:
         return self.codes.shape[1] if self.is_initialized else 0
@@ -158,13 +169,14 @@ class CompressedLayer(CacheLayerMixin):
         was active.
         """
         length = self.get_seq_length()
-        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
-        if not self.is_initialized:
+        kept = max(0, length + tokens_to_remove) if tokens_to_remove <= 0 else min(length, tokens_to_remove)
+        if not kept:
+            self.reset()
             return
-        self.codes = self.codes[:, : max(0, length - removed)].clone()
+        self.codes = self.codes[:, :kept].clone()
         if self.leader is self:
-            self.positions = self.positions[:, : self.codes.shape[1]]
-        self.window = self.window[..., : max(0, self.window_tokens - removed), :]
+            self._place(self.positions[:, :kept].clone())
+        self.window = self.window[..., : max(0, self.window_tokens - (length - kept)), :]
         self._let_go()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

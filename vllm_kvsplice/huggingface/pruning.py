@@ -76,7 +76,7 @@ class PrunedLayer(CompressedLayer):
     def _restored(self, dtype: torch.dtype) -> KeysValues:
         key, value = super()._restored(dtype)
         there = torch.zeros(value.shape[:3], dtype=torch.bool, device=value.device).scatter_(2, self.kept.long(), True)
-        mean = self._by_head(self.codec.offset("value", self._positions())).to(dtype)
+        mean = self._by_head(self.codec.offset("value", self._positions().flatten())).to(dtype)
         return key, torch.where(there[..., None], value, mean)
 
     def _attended(self, query: Tensor, attended: tuple[Tensor, Tensor, Tensor], visible: Tensor, scale: float) -> None:
