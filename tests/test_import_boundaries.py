@@ -30,7 +30,7 @@ MODULES = [
     *("vllm_kvsplice.artifact", "vllm_kvsplice.codec", "vllm_kvsplice.layout", "vllm_kvsplice.rotary"),
     *("vllm_kvsplice.engines", "vllm_kvsplice.engines.reference", "calibration.pipeline"),
     *("calibration.planners", "calibration.fim.measure", "calibration.fim.report", "calibration.fim.tracking"),
-    "calibration.fim.callback",
+    *("calibration.fim.callback", "vllm_kvsplice.hub", "vllm_kvsplice.huggingface"),
 ]
 
 

@@ -26,7 +26,6 @@ class FakeHub:
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
-    validated: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -58,11 +57,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"error": "Invalid credentials"}, 401)
         elif path == "/api/repos/create":
             self._create(json.loads(content))
+        elif path == "/api/validate-yaml":
+            self._answer({"warnings": [], "errors": []})
         elif path.endswith("/preupload/main"):
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for f in json.loads(content)["files"]
-            ]
+            asked = json.loads(content)["files"]
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]
             self._answer({"files": files})
         elif path.endswith("/commit/main"):
             self._commit(path.removeprefix("/api/models/").removesuffix("/commit/main"), content)

@@ -1,51 +1,44 @@
 """Artifacts on the Hub: what a push uploads, and that the name then stands for the artifact. The Hub is one of our own."""
 
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
+from typer.testing import CliRunner
 
-from benchmarks.server import kvsplice_command
+from benchmarks.server import free_port
 from tests.artifact.samples import QUALITY, sample
 from tests.huggingface.hub import TOKEN, FakeHub, running_hub
 from vllm_kvsplice.artifact import CARD, MANIFEST, TENSORS, load_artifact, save_artifact
 from vllm_kvsplice.card import model_card
-from vllm_kvsplice.errors import ArtifactError
-from vllm_kvsplice.hub import from_pretrained
+from vllm_kvsplice.cli import app
+from vllm_kvsplice.errors import ArtifactError, KVSpliceError
+from vllm_kvsplice.hub import from_pretrained, push_to_hub
 
 NAME = "someone/an-artifact"
 
 
 @pytest.fixture
-def hub() -> Iterator[FakeHub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     with running_hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
 
 
-@pytest.fixture
-def kvsplice(hub: FakeHub, tmp_path: Path):
-    """Run `kvsplice` against the fake Hub; returns its status, standard output and standard error."""
-
-    def run(*arguments: str | Path, token: str = TOKEN, endpoint: str | None = None) -> tuple[int, str, str]:
-        # In a process of its own, because the Hub's client reads these when it is imported.
-        settings = {"HF_ENDPOINT": endpoint or hub.url, "HF_TOKEN": token, "HF_HOME": str(tmp_path / "home")}
-        environment = os.environ | settings | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        done = subprocess.run(
-            kvsplice_command(*arguments), env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
-        return done.returncode, done.stdout, done.stderr
-
-    return run
+def run(*arguments: object) -> str:
+    """Output of `kvsplice` with these arguments; raises what it raises."""
+    return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False).output
 
 
-def test_what_is_pushed_is_found_again_by_its_name(hub: FakeHub, kvsplice, tmp_path: Path) -> None:
+def test_what_is_pushed_is_found_again_by_its_name(hub: FakeHub, tmp_path: Path) -> None:
     artifact = save_artifact(sample(), tmp_path / "artifact")
-    status, output, errors = kvsplice("push", tmp_path / "artifact", NAME, "--private")
-    assert status == 0, errors
-    assert output.strip().endswith(NAME)
+    assert run("push", tmp_path / "artifact", NAME, "--private").strip().endswith(f"{hub.url}/{NAME}")
     files = hub.repositories[NAME]
     assert set(files) == {MANIFEST, TENSORS, CARD}
     for name in (MANIFEST, TENSORS):
@@ -53,25 +46,36 @@ def test_what_is_pushed_is_found_again_by_its_name(hub: FakeHub, kvsplice, tmp_p
     assert files[CARD].decode() == model_card(artifact, NAME)
     assert hub.private == {NAME: True}
     assert hub.messages == [f"KVSplice artifact {artifact.digest[:12]}"]
-
-    status, output, errors = kvsplice("inspect", NAME)
-    assert status == 0, errors
-    assert artifact.digest[:16] in output
+    assert artifact.digest[:16] in run("inspect", NAME)
+    assert from_pretrained(NAME).digest == artifact.digest
 
 
-def test_mistakes_end_in_one_sentence(hub: FakeHub, kvsplice, tmp_path: Path) -> None:
-    save_artifact(sample(), tmp_path / "artifact")
-    cases = [
-        (tmp_path / "artifact", {"token": "hf_of_somebody_else"}, "hf auth login"),
-        (tmp_path / "artifact", {"endpoint": "http://127.0.0.1:9"}, "cannot push to someone/an-artifact"),
-        (tmp_path, {}, "kvsplice.json is missing"),
-    ]
-    for directory, options, message in cases:
-        status, output, errors = kvsplice("push", directory, NAME, **options)
-        assert (status, output) == (1, "")
-        assert message in errors
-        assert len(errors.strip().splitlines()) == 1
-    assert not hub.repositories.get(NAME)
+def test_a_second_push_replaces_the_first(hub: FakeHub) -> None:
+    for seed in (0, 1):
+        push_to_hub(sample(seed=seed), NAME)
+    assert from_pretrained(NAME).digest == sample(seed=1).digest
+    assert hub.private == {NAME: False}
+
+
+def test_who_may_not_push_is_told_to_log_in(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
+    with pytest.raises(
+        KVSpliceError, match=r"cannot push to someone/an-artifact \(.*401.*\); log in with: hf auth login"
+    ):
+        push_to_hub(sample(), NAME)
+    assert not hub.repositories
+
+
+def test_a_hub_that_does_not_answer_is_named(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(KVSpliceError, match="cannot push to someone/an-artifact"):
+        push_to_hub(sample(), NAME)
+
+
+def test_what_is_no_artifact_is_not_pushed(hub: FakeHub, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"kvsplice\.json is missing"):
+        push_to_hub(tmp_path, NAME)
+    assert not hub.repositories
 
 
 class TestCard:
