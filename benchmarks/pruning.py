@@ -29,7 +29,7 @@ from vllm_kvsplice.artifact import Artifact, load_artifact
 from vllm_kvsplice.huggingface import KVSpliceCache
 
 PROMPT, JUDGED = 1024, 256
-KEPT = (768, 512, 391, 256, 128, 64)
+KEPT = (512, 391, 256, 128)
 ORDERS = {False: "compress, then select", True: "prune, then compress"}
 RESULT = Path("build/bench/pruning.json")
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", help="of the default model")
     parser.add_argument("--text", required=True, help="as for kvsplice eval")
-    parser.add_argument("--windows", type=int, default=4, help="of text")
+    parser.add_argument("--windows", type=int, default=2, help="of text")
     options = parser.parse_args()
     path = str(default_model())
     model, _ = load_model(path, torch.float32)
@@ -80,13 +80,13 @@ def measured(model: PreTrainedModel, artifact: Artifact, window: Tensor) -> Iter
     """Every case on token ids [1, PROMPT + JUDGED]."""
     prompt, rest = window.split([PROMPT, JUDGED], 1)
     cache: Any = DynamicCache(config=model.config)
-    last = model(prompt, past_key_values=cache).logits[:, -1:]
+    last = model(prompt, past_key_values=cache, logits_to_keep=1).logits
     exact = continued(model, cache, last, rest)
     dense = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) * PROMPT // window.shape[1]
     yield Case("uncompressed", None), judge(exact, exact, rest, dense)
     for first, order in ORDERS.items():
         cache = KVSpliceCache(artifact, model.config, prune_values=PROMPT, prune_first=first)
-        last = model(prompt, past_key_values=cache).logits[:, -1:]
+        last = model(prompt, past_key_values=cache, logits_to_keep=1).logits
         for kept in KEPT if first else (None, *KEPT):
             pruned = prune(cache, kept or PROMPT)
             held = pruned.nbytes

@@ -1,4 +1,4 @@
-"""The server's reference engine and `KVSpliceCache` give the same greedy tokens for the same artifact: one test drives both."""
+"""The reference engine of the server and `KVSpliceCache` give the same greedy tokens: one test drives both."""
 
 import pytest
 import torch

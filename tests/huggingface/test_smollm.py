@@ -1,4 +1,4 @@
-"""The real SmolLM2 with its packed cache: what evaluation reads, in batches and in steps, and in a fraction of the memory."""
+"""The real SmolLM2 with its packed cache: what evaluation reads, in batches and in steps, in a fraction of the memory."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -5,8 +5,6 @@ far. Unlike there keys stay, so that probabilities do not change, and a value th
 is what a code of no bits says (docs/huggingface.md has what that is worth against dropping it).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -115,11 +113,12 @@ def _attention_drawn(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> 
         scale: of scores.
 
     """
-    drawn: Any = 0
-    mask = mask.expand(query.shape[0], 1, -1, -1)
-    for rows, visible in zip(query.split(_QUERY_ROWS, 2), mask.split(_QUERY_ROWS, 2), strict=True):
-        scores = torch.einsum("bhgtd,bhsd->bhgts", rows.unflatten(1, (key.shape[1], -1)), key).float() * scale
-        # Rows of padding see nothing at all.
-        probability = scores.masked_fill(~visible[:, :, None], -torch.inf).softmax(-1).nan_to_num()
-        drawn = drawn + probability.sum((2, 3))
-    return drawn
+    tiles = zip(query.split(_QUERY_ROWS, 2), mask.expand(len(query), 1, -1, -1).split(_QUERY_ROWS, 2), strict=True)
+    return torch.stack([_drawn_by(rows, key, visible, scale) for rows, visible in tiles]).sum(0)
+
+
+def _drawn_by(query: Tensor, key: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """The same of a few queries; `visible` is [batch, 1, T, S]."""
+    scores = torch.einsum("bhgtd,bhsd->bhgts", query.unflatten(1, (key.shape[1], -1)), key).float() * scale
+    # Rows of padding see nothing at all.
+    return scores.masked_fill(~visible[:, :, None], -torch.inf).softmax(-1).nan_to_num().sum((2, 3))
