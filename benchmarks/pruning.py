@@ -99,7 +99,7 @@ def prune(cache: KVSpliceCache, kept: int) -> KVSpliceCache:
     pruned = copy.deepcopy(cache)
     for layer in pruned.layers:
         layer.k = kept
-        layer._let_go()
+        layer.trim()
     return pruned
 
 

@@ -83,7 +83,7 @@ class CompressedLayer(CacheLayerMixin):
         attended = both(self._restored(key.dtype), (key, value), visible, self._exactly(self.recent, queries))
         self._attended(query, attended, visible, scale)
         if not self.record_past:
-            self._let_go()
+            self.trim()
         return attended
 
     def _place(self, positions: Tensor) -> None:
@@ -133,7 +133,7 @@ class CompressedLayer(CacheLayerMixin):
     def _attended(self, query: Tensor, attended: tuple[Tensor, Tensor, Tensor], visible: Tensor, scale: float) -> None:
         """What to learn from a step's attention: nothing here."""
 
-    def _let_go(self) -> None:
+    def trim(self) -> None:
         """Forget as they are all tokens but those that a later query reads exactly."""
         begin = max(0, self.window_tokens - (self.get_seq_length() - self.leader.window_begin))
         # A clone, because a view would hold what it was cut from.
@@ -177,7 +177,7 @@ class CompressedLayer(CacheLayerMixin):
         if self.leader is self:
             self._place(self.positions[:, :kept].clone())
         self.window = self.window[..., : max(0, self.window_tokens - (length - kept)), :]
-        self._let_go()
+        self.trim()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._each(lambda held: held.index_select(0, beam_idx.to(held.device)))

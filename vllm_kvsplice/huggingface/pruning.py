@@ -88,8 +88,8 @@ class PrunedLayer(CompressedLayer):
         stored_drawn[..., tokens - exact_drawn.shape[-1] :] += exact_drawn
         self.received = self.received + stored_drawn.gather(2, self.kept.long())
 
-    def _let_go(self) -> None:
-        super()._let_go()
+    def trim(self) -> None:
+        super().trim()
         held, window = self.kept.shape[2], self.window_tokens
         if held - window > self.k:
             older = self.received[..., : held - window].topk(self.k, sorted=False).indices.sort().values
