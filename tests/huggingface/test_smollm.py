@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from calibration.attention import Reading, tapped
 from calibration.evaluate import compressing_tap
@@ -34,7 +34,7 @@ def artifact(smollm_artifact: Callable[[float], Path]) -> Artifact:
 
 @pytest.fixture(scope="module")
 def tokens(smollm: Path) -> Tensor:
-    return token_windows(load_model(str(smollm), torch.bfloat16)[1], TEXT, 2, TOKENS)
+    return token_windows(AutoTokenizer.from_pretrained(smollm), TEXT, 2, TOKENS)
 
 
 @torch.no_grad()
