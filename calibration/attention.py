@@ -15,9 +15,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.huggingface.attention import Reading, both, refuse_unsupported, visible_to
 
-__all__ = ["AS_STORED", "Reading", "Tap", "Watch", "tapped", "watched"]
+__all__ = ["AS_STORED", "ATTENTION", "Reading", "Tap", "Watch", "tapped", "watched"]
 
 ATTENTION = "kvsplice_tap"
 
@@ -88,9 +89,13 @@ def watched(model: PreTrainedModel, watch: Watch) -> Iterator[None]:
 
 @contextmanager
 def _switched(model: PreTrainedModel) -> Iterator[None]:
-    """`model` with the attention function of this module."""
+    """`model` with the attention function of this module; raises `KVSpliceError` if it has one of its own making."""
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
+    if model.config._attn_implementation != ATTENTION:
+        raise KVSpliceError(
+            f"{type(model).__name__} does not take transformers' attention interface and cannot be compressed"
+        )
     try:
         yield
     finally:

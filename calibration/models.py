@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from calibration.attention import tapped
+from calibration.attention import ATTENTION, tapped
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.rotary import Rotary
 
@@ -80,7 +80,7 @@ def load_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     if not isinstance(source, str):
         return source
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise KVSpliceError(

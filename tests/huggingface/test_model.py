@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GPTJConfig, GPTJForCausalLM
 
 from calibration.pipeline import calibrate
 from calibration.recipe import CalibrationConfig
@@ -115,6 +115,11 @@ class TestCalibration:
         model = AutoModelForCausalLM.from_config(config)
         with pytest.raises(KVSpliceError, match="came without a tokenizer"):
             calibrate_kv_compressor(model, **recipe)
+
+    def test_a_model_with_attention_of_its_own_making_is_refused(self, llama: Tiny, recipe) -> None:
+        config = GPTJConfig(vocab_size=512, n_embd=64, n_layer=1, n_head=2, n_positions=64, rotary_dim=16)
+        with pytest.raises(KVSpliceError, match="attention interface"):
+            calibrate_kv_compressor(GPTJForCausalLM(config), llama.tokenizer, **recipe)
 
     def test_a_setting_that_does_not_exist_is_named(self, llama: Tiny) -> None:
         with pytest.raises(KVSpliceError, match="setting bitz"):
