@@ -30,7 +30,7 @@ from vllm_kvsplice.huggingface import KVSpliceCache
 
 PROMPT, JUDGED = 1024, 256
 KEPT = (512, 391, 256, 128)
-ORDERS = {False: "compress, then select", True: "prune, then compress"}
+ORDERS = {False: "compress, select", True: "prune, compress"}
 RESULT = Path("build/bench/pruning.json")
 
 console = Console()
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", help="of the default model")
     parser.add_argument("--text", required=True, help="as for kvsplice eval")
-    parser.add_argument("--windows", type=int, default=2, help="of text")
+    parser.add_argument("--windows", type=int, default=3, help="of text")
     options = parser.parse_args()
     path = str(default_model())
     model, _ = load_model(path, torch.float32)
@@ -79,19 +79,26 @@ def main() -> None:
 def measured(model: PreTrainedModel, artifact: Artifact, window: Tensor) -> Iterator[tuple[Case, Figures]]:
     """Every case on token ids [1, PROMPT + JUDGED]."""
     prompt, rest = window.split([PROMPT, JUDGED], 1)
-    cache: Any = DynamicCache(config=model.config)
-    last = model(prompt, past_key_values=cache, logits_to_keep=1).logits
-    exact = continued(model, cache, last, rest)
-    dense = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) * PROMPT // window.shape[1]
-    yield Case("uncompressed", None), judge(exact, exact, rest, dense)
+    dense = DynamicCache(config=model.config)
+    last = after_prompt(model, dense, prompt)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in dense.layers)
+    exact = continued(model, dense, last, rest)
+    yield Case("uncompressed", None), judge(exact, exact, rest, held)
+    cache = KVSpliceCache(artifact, model.config)
+    last, held = after_prompt(model, cache, prompt), cache.nbytes
+    yield Case("compressed", None), judge(continued(model, cache, last, rest), exact, rest, held)
     for first, order in ORDERS.items():
         cache = KVSpliceCache(artifact, model.config, prune_values=PROMPT, prune_first=first)
-        last = model(prompt, past_key_values=cache, logits_to_keep=1).logits
-        for kept in KEPT if first else (None, *KEPT):
-            pruned = prune(cache, kept or PROMPT)
+        last = after_prompt(model, cache, prompt)
+        for kept in KEPT:
+            pruned = prune(cache, kept)
             held = pruned.nbytes
-            logits = continued(model, pruned, last, rest)
-            yield Case(order if kept else "compressed", kept), judge(logits, exact, rest, held)
+            yield Case(order, kept), judge(continued(model, pruned, last, rest), exact, rest, held)
+
+
+def after_prompt(model: PreTrainedModel, cache: Any, prompt: Tensor) -> Tensor:
+    """Read a prompt into `cache`; returns its last logits [1, 1, V]."""
+    return model(prompt, past_key_values=cache, logits_to_keep=1).logits
 
 
 def prune(cache: KVSpliceCache, kept: int) -> KVSpliceCache:
