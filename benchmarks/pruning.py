@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", help="of the default model")
     parser.add_argument("--text", required=True, help="as for kvsplice eval")
-    parser.add_argument("--windows", type=int, default=3, help="of text")
+    parser.add_argument("--windows", type=int, default=2, help="of text")
     options = parser.parse_args()
     path = str(default_model())
     model, _ = load_model(path, torch.float32)
