@@ -1,11 +1,11 @@
 """A tap on the attention of any Hugging Face causal LM: see, or replace, the keys and values a layer attends to.
 
-`tapped` puts other keys and values in their place; `watched` only looks, at queries as well.
+`tapped` puts other keys and values in their place; `watched` only looks, at queries as well. Both work with whatever
+attention the model was loaded with, which it has again afterwards.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,39 +16,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.huggingface.attention import KeysValues, Reading, refuse_unsupported, visible_to
 
-ATTENTION = "kvsplice"
+__all__ = ["AS_STORED", "ATTENTION", "Reading", "Tap", "Watch", "tapped", "watched"]
+
+ATTENTION = "kvsplice_tap"
 
 # (layer index, key, value) -> (key, value); keys are rotated, tensors are [batch, H, T, D].
 Tap = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 # (layer index, query [batch, G * H, T, D], key [batch, H, T, D], factor of their products), both rotated.
 Watch = Callable[[int, Tensor, Tensor, float], None]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Which tokens a query reads as they are; all others it reads as the tap returns them.
-
-    Attributes:
-        recent: W; a query at position i reads j > i - W exactly (`vllm_kvsplice.engines.Window`).
-        prompt: queries before this position read everything exactly, as those of a prompt that a server with
-            ``prefill: exact`` reads in one step.
-
-    """
-
-    recent: int = 0
-    prompt: int = 0
-
-    def exact_keys(self, tokens: int, device: torch.device) -> Tensor:
-        """bool [T, T]: whether the query of the row reads the key of the column exactly."""
-        positions = torch.arange(tokens, device=device)
-        query = positions[:, None]
-        return (positions > query - self.recent) | (query < self.prompt)
-
-    def exact_values(self, tokens: int, device: torch.device) -> Tensor:
-        """The same of values."""
-        return self.exact_keys(tokens, device)
-
 
 AS_STORED = Reading()
 
@@ -64,8 +41,7 @@ def _tapped_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    if options.get("softcap") is not None:
-        raise KVSpliceError("this model caps its attention logits, which KVSplice does not support")
+    refuse_unsupported(options)
     # Layers with a sliding window keep their dense cache in the server, so nothing is measured or changed there.
     full = options.get("sliding_window") is None
     if _watching and full:
@@ -76,17 +52,17 @@ def _tapped_attention(
         if reading == AS_STORED:
             key, value = stored
         else:
-            key, value, attention_mask = _mixed(stored, (key, value), attention_mask, reading)
+            positions = torch.arange(key.shape[2], device=key.device)
+            visible = visible_to(attention_mask, len(positions), len(positions), key.device)
+            exact = (reading.exact(positions, positions), reading.exact_values(positions, positions))
+            key, value, attention_mask = _mixed(stored, (key, value), visible, *exact)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
 def _mixed(
-    stored: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], mask: Tensor | None, reading: Reading
+    stored: KeysValues, exact: KeysValues, visible: Tensor, exact_keys: Tensor, exact_values: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every token in each of the ways it may be read, under a mask that shows each query one of them."""
-    tokens, device = exact[0].shape[2], exact[0].device
-    exact_keys, exact_values = reading.exact_keys(tokens, device), reading.exact_values(tokens, device)
-    visible = torch.ones_like(exact_keys).tril() if mask is None else mask
     ways = []
     for key, key_read in ((stored[0], ~exact_keys), (exact[0], exact_keys)):
         for value, value_read in ((stored[1], ~exact_values), (exact[1], exact_values)):
@@ -105,30 +81,36 @@ def tapped(model: PreTrainedModel, tap: Tap, reading: Reading = AS_STORED) -> It
     """Within this block, every full-attention layer of `model` attends to what `tap` returns.
 
     What `reading` exempts it attends to as it is.
-
-    The model must have been loaded with ``attn_implementation="kvsplice"`` (`calibration.models.load_model` does).
     """
-    assert model.config._attn_implementation == ATTENTION, "load the model with calibration.models.load_model"
     _active.append((tap, reading))
     try:
-        yield
+        with _switched(model):
+            yield
     finally:
         _active.pop()
 
 
 @contextmanager
 def watched(model: PreTrainedModel, watch: Watch) -> Iterator[None]:
-    """Within this block, `watch` sees what every full-attention layer of `model` attends with; text must not be padded.
-
-    Works with any attention implementation the model was loaded with, which it has again afterwards.
-    """
-    before = model.config._attn_implementation
-    if before != ATTENTION:
-        model.set_attn_implementation(ATTENTION)
+    """Within this block, `watch` sees what every full-attention layer of `model` attends with; text must not be padded."""
     _watching.append(watch)
+    try:
+        with _switched(model):
+            yield
+    finally:
+        _watching.pop()
+
+
+@contextmanager
+def _switched(model: PreTrainedModel) -> Iterator[None]:
+    """`model` with the attention function of this module; raises `KVSpliceError` if it has one of its own making."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    if model.config._attn_implementation != ATTENTION:
+        raise KVSpliceError(
+            f"{type(model).__name__} does not take transformers' attention interface and cannot be compressed"
+        )
     try:
         yield
     finally:
-        _watching.pop()
-        if before != ATTENTION:
-            model.set_attn_implementation(before)
+        model.set_attn_implementation(before)

@@ -15,6 +15,9 @@ from calibration.attention import ATTENTION, tapped
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.rotary import Rotary
 
+# Directory or Hub name, or a model in memory with its tokenizer.
+Source = str | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 # Angles that change with the length of the text are no linear function of the position.
 _NONLINEAR_ROPE = ("dynamic", "longrope")
@@ -67,19 +70,21 @@ def _convert_gguf(file: Path, target: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM, a directory or a name on the Hub, ready for `calibration.attention.tapped`, and its tokenizer.
+def load_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer; those in memory as they are, whatever their dtype.
 
     Raises:
         KVSpliceError: there is no such model, or it is of a kind that cannot be compressed.
 
     """
+    if not isinstance(source, str):
+        return source
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=ATTENTION)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise KVSpliceError(
-            f"cannot load {name} as a causal language model ({_first_line(error)}); "
+            f"cannot load {source} as a causal language model ({_first_line(error)}); "
             "give a model directory or Hub name, or use the default: kvsplice model"
         ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"

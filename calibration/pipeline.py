@@ -23,7 +23,7 @@ from calibration.fim.runs import read_runs
 from calibration.fit import FITS, Fit, FittedCodec
 from calibration.fit.errors import error_table, head_errors
 from calibration.fit.finetune import Schedule, finetune
-from calibration.models import fast_dtype, load_model, longest_context, rotary_of
+from calibration.models import Source, fast_dtype, load_model, longest_context, rotary_of
 from calibration.plan import Plan, budget_for_bits, plan_budget
 from calibration.planners import Evidence, make_plan
 from calibration.planners.files import PlanFile, describe
@@ -73,7 +73,7 @@ class Study:
     """A model that was measured: what plans are made from.
 
     Attributes:
-        name: directory or Hub name.
+        source: where the model comes from.
         model: loaded for measurements, not for judging.
         rotary: its rotary embedding, None without.
         corpus: the text.
@@ -84,7 +84,7 @@ class Study:
 
     """
 
-    name: str
+    source: Source
     model: PreTrainedModel
     rotary: Rotary | None
     corpus: Corpus
@@ -155,11 +155,11 @@ class Study:
             return attention_spectra(self.model, windows, progress)
 
 
-def study(model_name: str, config: CalibrationConfig, statistics_file: Path | None = None) -> Study:
+def study(source: Source, config: CalibrationConfig, statistics_file: Path | None = None) -> Study:
     """Measure a model as `config` says.
 
     Args:
-        model_name: directory or Hub name of a Hugging Face causal LM.
+        source: directory or Hub name of a Hugging Face causal LM, or one in memory with its tokenizer.
         config: what to measure on.
         statistics_file: measurements are kept here, and used from here when they fit model, text and seed.
 
@@ -168,7 +168,7 @@ def study(model_name: str, config: CalibrationConfig, statistics_file: Path | No
 
     """
     corpus = load_corpus(config.text)
-    model, tokenizer = load_model(model_name, fast_dtype())
+    model, tokenizer = load_model(source, fast_dtype())
     shape = ModelShape.of(model.config)
     if shape.head_dim % GROUP:
         raise KVSpliceError(f"head size {shape.head_dim} is not a multiple of {GROUP} and cannot be compressed")
@@ -183,7 +183,7 @@ def study(model_name: str, config: CalibrationConfig, statistics_file: Path | No
         training = calibration_windows(tokenizer, corpus.fit, TRAINING_WINDOWS, context)
     held_out = _held_out(tokenizer, corpus.held_out, config, context)
     statistics = _measure(model, windows, rotary, config.seed, statistics_file)
-    return Study(model_name, model, rotary, corpus, windows, training, held_out, statistics, config)
+    return Study(source, model, rotary, corpus, windows, training, held_out, statistics, config)
 
 
 def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, config: CalibrationConfig, context: int) -> HeldOut:
@@ -226,7 +226,7 @@ def _cheapest(measured: Study, limit: float) -> Plan:
     def increase(bits: float) -> float:
         tried = plan(bits)
         evaluation = judge(
-            measured.name, measured.artifact(tried), measured.held_out.search, "all", f"Trying {bits:.3f} bits"
+            measured.source, measured.artifact(tried), measured.held_out.search, "all", f"Trying {bits:.3f} bits"
         )
         expected = 100 * tried.expected_increase
         console.print(f"Perplexity: expected {expected:+.2f} %, measured {evaluation.change_percent:+.2f} %")
@@ -235,9 +235,9 @@ def _cheapest(measured: Study, limit: float) -> Plan:
     return plan(search_bits(increase, limit))
 
 
-def plan(model_name: str, config: CalibrationConfig, statistics_file: Path | None = None) -> PlanFile:
+def plan(source: Source, config: CalibrationConfig, statistics_file: Path | None = None) -> PlanFile:
     """Measure a model and plan, without judging or writing anything; arguments and errors as of `study`."""
-    measured = study(model_name, config, statistics_file)
+    measured = study(source, config, statistics_file)
     return described(measured, choose(measured))
 
 
@@ -246,11 +246,11 @@ def described(measured: Study, chosen: Plan) -> PlanFile:
     dense = measured.dense_layers * 4 * measured.shape.num_kv_heads * measured.shape.head_dim
     plans = [plan_budget(measured.evidence.distortion, measured.budget_for(bits)) for bits in CURVE_BITS]
     curve = [(p.bytes_per_token + dense, p.expected_increase) for p in plans]
-    return describe(chosen, measured.layers, short_name(measured.name), measured.dense_layers, curve)
+    return describe(chosen, measured.layers, short_name(measured.source), measured.dense_layers, curve)
 
 
 def calibrate(
-    model_name: str,
+    source: Source,
     out: Path,
     config: CalibrationConfig,
     statistics_file: Path | None = None,
@@ -259,21 +259,32 @@ def calibrate(
     """Calibrate a model, write its artifact to `out`, replacing one that is there, and return it.
 
     Args:
-        model_name, config, statistics_file: as of `study`, as are errors raised.
+        source, config, statistics_file: as of `study`, as are errors raised.
         out: directory of the artifact.
         errors_file: where to write the errors of every head before and after training, as CSV.
 
     """
-    measured = study(model_name, config, statistics_file)
+    checkpoint = out.absolute().with_name(f".{out.name}.training")
+    return save_artifact(make(source, config, statistics_file, errors_file, checkpoint), out)
+
+
+def make(
+    source: Source,
+    config: CalibrationConfig,
+    statistics_file: Path | None = None,
+    errors_file: Path | None = None,
+    checkpoint: Path | None = None,
+) -> Artifact:
+    """The same without writing the artifact; finetuning that was interrupted goes on from `checkpoint`."""
+    measured = study(source, config, statistics_file)
     chosen = choose(measured)
     with console.status(f"Fitting {config.fit}"):
         fitted = measured.fit.codec(chosen)
     if config.finetune:
-        fitted = _finetune(measured, fitted, out.absolute().with_name(f".{out.name}.training"))
+        fitted = _finetune(measured, fitted, checkpoint)
     artifact = measured.artifact_of(fitted)
     _report_errors(measured, artifact, chosen, errors_file)
-    quality = _judge(model_name, artifact, measured.held_out.quality)
-    return save_artifact(artifact.with_quality(quality), out)
+    return artifact.with_quality(_judge(source, artifact, measured.held_out.quality))
 
 
 def _report_errors(measured: Study, artifact: Artifact, chosen: Plan, file: Path | None) -> None:
@@ -287,8 +298,7 @@ def _report_errors(measured: Study, artifact: Artifact, chosen: Plan, file: Path
         before.merge(after, on=names, suffixes=("_before", "_after")).to_csv(file, index=False)
 
 
-def _finetune(measured: Study, fitted: FittedCodec, checkpoint: Path) -> FittedCodec:
-    """Train `fitted`; a run that was interrupted goes on from `checkpoint`."""
+def _finetune(measured: Study, fitted: FittedCodec, checkpoint: Path | None) -> FittedCodec:
     config = measured.config
     schedule = Schedule(config.training_steps, seed=config.seed)
     with steps("Finetuning on what the model says", schedule.steps) as progress:
@@ -345,14 +355,15 @@ def _nested(widths: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in widths.tolist())
 
 
-def short_name(model: str) -> str:
+def short_name(source: Source) -> str:
     """A path on the machine that calibrated means nothing elsewhere."""
+    model = source if isinstance(source, str) else source[0].name_or_path or type(source[0]).__name__
     return Path(model).name if Path(model).exists() else model
 
 
 def _provenance(measured: Study, plan: Plan) -> Provenance:
     return Provenance(
-        model=short_name(measured.name),
+        model=short_name(measured.source),
         text=measured.corpus.name,
         text_sha256=measured.corpus.sha256,
         tokens=measured.windows.numel(),
@@ -367,9 +378,9 @@ def _provenance(measured: Study, plan: Plan) -> Provenance:
     )
 
 
-def _judge(model_name: str, artifact: Artifact, windows: Tensor) -> Quality:
+def _judge(source: Source, artifact: Artifact, windows: Tensor) -> Quality:
     """Perplexity on held-out text, in float32 because it is a quality figure and not a statistic."""
-    evaluation = judge(model_name, artifact, windows, "all", "Judging the codec on held-out text")
+    evaluation = judge(source, artifact, windows, "all", "Judging the codec on held-out text")
     return Quality(
         mode="all",
         baseline_ppl=evaluation.baseline_ppl,
@@ -381,7 +392,7 @@ def _judge(model_name: str, artifact: Artifact, windows: Tensor) -> Quality:
 
 
 def judge(
-    model_name: str,
+    source: Source,
     artifact: Artifact,
     windows: Tensor,
     mode: Mode,
@@ -389,8 +400,8 @@ def judge(
     reading: Reading = AS_STORED,
 ) -> Evaluation:
     """Evaluate `artifact` on token ids [W, T] with a progress bar; raises `ArtifactError` if it is another model's."""
-    model, _ = load_model(model_name, torch.float32)
+    model, _ = load_model(source, torch.float32)
     artifact.check_model(model.config)
-    codecs = {index: artifact.layer(index).to(model.device) for index in artifact.compressed_layers}
+    codecs = {index: codec.to(model.device) for index, codec in artifact.codecs.items()}
     with steps(description, len(windows)) as progress:
         return evaluate(model, codecs, windows, mode, progress, reading)

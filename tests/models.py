@@ -57,6 +57,8 @@ FAMILIES = {
     "mistral": Family("MistralConfig", {"head_dim": 32, "sliding_window": None}),
     "gpt2": Family("GPT2Config", {"num_key_value_heads": OMITTED, "n_inner": 192}, pairs=0),
     "stablelm": Family("StableLmConfig", {"partial_rotary_factor": 0.25, "use_qkv_bias": True}, pairs=4),
+    "phi": Family("PhiConfig", {"partial_rotary_factor": 0.5, "num_key_value_heads": 4}, pairs=8),
+    "gemma": Family("GemmaConfig", {"head_dim": 32}),
     "glm4": Family("Glm4Config", {"head_dim": 32, "partial_rotary_factor": 0.5}, pairs=8, interleaved=True),
     "gemma3": Family(
         "Gemma3TextConfig",

@@ -31,6 +31,7 @@ MODULES = [
     *("vllm_kvsplice.engines", "vllm_kvsplice.engines.reference", "calibration.pipeline"),
     *("calibration.planners", "calibration.fim.measure", "calibration.fim.report", "calibration.fim.tracking"),
     *("calibration.fim.callback", "calibration.compare.run", "calibration.compare.plots"),
+    *("vllm_kvsplice.hub", "vllm_kvsplice.huggingface"),
 ]
 
 

@@ -11,7 +11,8 @@ from tests.artifact.samples import files_of, sample
 from vllm_kvsplice.artifact import save_artifact
 from vllm_kvsplice.engines import ENGINES, default_engine
 from vllm_kvsplice.errors import ArtifactError, KVSpliceError
-from vllm_kvsplice.serving.settings import Settings, locate_artifact, open_artifact, read_settings
+from vllm_kvsplice.hub import locate_artifact
+from vllm_kvsplice.serving.settings import Settings, open_artifact, read_settings
 
 
 @pytest.mark.parametrize("config", [None, {}, {"kvsplice": {}}, {"others": {"artifact": 3}}])

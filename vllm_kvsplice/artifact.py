@@ -31,6 +31,8 @@ from vllm_kvsplice.rotary import Rotary
 
 MANIFEST = "kvsplice.json"
 TENSORS = "kvsplice.safetensors"
+# On the Hub an artifact has a model card beside it, which nothing here reads.
+CARD = "README.md"
 VERSION = 1
 MANIFEST_LIMIT = 4 << 20
 TENSORS_LIMIT = 4 << 30
@@ -197,6 +199,11 @@ class Artifact:
         ]
         return LayerCodec(kinds[0], kinds[1], plan.layout, self.rotary)
 
+    @cached_property
+    def codecs(self) -> dict[int, LayerCodec]:
+        """Codecs of the compressed layers by the model's numbers, made once."""
+        return {index: self.layer(index) for index in self.compressed_layers}
+
     def layer_shard(self, index: int, rank: int, ranks: int) -> LayerCodec:
         """The same for one of several tensor-parallel ranks; all ranks use pages of the same size."""
         shape, plan = self.manifest.model, self.manifest.layers[index]
@@ -317,7 +324,7 @@ def _swap(new: Path, directory: Path, old: Path) -> None:
 
 def check_target(directory: Path) -> None:
     """Raise `ArtifactError` if writing an artifact to `directory` would overwrite anything but an artifact."""
-    if directory.exists() and (not directory.is_dir() or set(os.listdir(directory)) - {MANIFEST, TENSORS}):
+    if directory.exists() and (not directory.is_dir() or set(os.listdir(directory)) - {MANIFEST, TENSORS, CARD}):
         raise ArtifactError(f"{directory} exists and is no artifact; choose another --out directory")
 
 

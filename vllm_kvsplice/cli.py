@@ -81,10 +81,9 @@ def evaluate(
     from calibration.attention import Reading
     from calibration.pipeline import judge
     from calibration.text import read_text, token_windows
-    from vllm_kvsplice.artifact import load_artifact
-    from vllm_kvsplice.serving.settings import locate_artifact
+    from vllm_kvsplice.hub import from_pretrained
 
-    loaded = load_artifact(locate_artifact(artifact, model))
+    loaded = from_pretrained(artifact, model)
     content = read_text(text)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -125,12 +124,26 @@ def inspect(artifact: ArtifactDir) -> None:
 
     Example: `kvsplice inspect smollm2-4bit`
     """
-    from vllm_kvsplice.artifact import load_artifact
-    from vllm_kvsplice.serving.settings import locate_artifact
+    from vllm_kvsplice.hub import from_pretrained
 
-    loaded = load_artifact(locate_artifact(artifact, "MODEL"))
+    loaded = from_pretrained(artifact)
     print_width_map(loaded)
     print_summary(loaded, str(artifact))
+
+
+@app.command()
+def push(
+    artifact: ArtifactDir,
+    repository: Annotated[str, typer.Argument(help="Name on the Hub, OWNER/NAME.", metavar="REPO_ID")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if there is none.")] = False,
+) -> None:
+    """Upload an artifact to the Hugging Face Hub, with a model card of what it is, costs and comes from.
+
+    Example: `kvsplice push smollm2-4bit someone/smollm2-kvsplice-4bit`
+    """
+    from vllm_kvsplice.hub import push_to_hub
+
+    print(push_to_hub(artifact, repository, private))
 
 
 @app.command()
@@ -170,7 +183,7 @@ def serve(
 
     from vllm_kvsplice.artifact import load_artifact
     from vllm_kvsplice.doctor import check_command_line, check_plugin
-    from vllm_kvsplice.serving.settings import locate_artifact
+    from vllm_kvsplice.hub import locate_artifact
 
     extra = list(context.args)
     if artifact is not None and artifact.startswith("-"):

@@ -116,8 +116,14 @@ class LayerCodec:
         return LayerCodec(self.key.shard(heads), self.value.shard(heads), layout, self.rotary)
 
     def to(self, device: torch.device) -> "LayerCodec":
+        if self.key.mean.device == device:
+            return self
         rotary = self.rotary and self.rotary.to(device)
         return LayerCodec(self.key.to(device), self.value.to(device), self.layout, rotary)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "LayerCodec":
+        """Nothing in a codec ever changes, so copies of what holds one share it."""
+        return self
 
     def offset(self, kind: Kind, positions: Tensor) -> Tensor:
         """m(position): what is subtracted before coding and added back after, [T, H, D] for `positions` [T]."""
@@ -167,12 +173,16 @@ class LayerCodec:
             codes |= field << low.to(torch.uint8).view(column)
         return codes
 
-    def reconstruct(self, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values as an engine reads them back: float32 [T, H, D] each; arguments as in `encode`."""
-        latents = self.decode(self.encode(key, value, positions).T).view(2, self.num_kv_heads, self.head_dim, -1)
+    def restore(self, codes: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values float32 [T, H, D] each, from `codes` [R2, T] of tokens at `positions` [T]."""
+        latents = self.decode(codes).view(2, self.num_kv_heads, self.head_dim, -1)
         restored = []
         kinds: tuple[tuple[Kind, KindCodec], ...] = (("key", self.key), ("value", self.value))
         for (kind, half), z in zip(kinds, latents, strict=True):
             z = torch.where(positions == 0, z * half.sink_scale[..., None], z)
             restored.append(self.offset(kind, positions) + torch.einsum("hdr,hrt->thd", half.synthesis, z))
         return restored[0], restored[1]
+
+    def reconstruct(self, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as an engine reads them back: float32 [T, H, D] each; arguments as in `encode`."""
+        return self.restore(self.encode(key, value, positions).T, positions)

@@ -129,10 +129,9 @@ def _compiler() -> str:
 def _artifact(model: str, artifact: str | None) -> str:
     from transformers import AutoConfig
 
-    from vllm_kvsplice.artifact import load_artifact
-    from vllm_kvsplice.serving.settings import locate_artifact
+    from vllm_kvsplice.hub import from_pretrained
 
-    loaded = load_artifact(locate_artifact(artifact, model))
+    loaded = from_pretrained(artifact, model)
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

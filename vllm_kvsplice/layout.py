@@ -80,6 +80,16 @@ class LayerLayout:
         assert self.token_bytes >= code_bytes
         assert self.token_bytes % TOKEN_ALIGNMENT == 0
 
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of a token's keys; its values follow, head by head, up to `code_bytes`."""
+        return sum(map(sum, self.key))
+
+    @property
+    def value_heads(self) -> list[int]:
+        """The head that each byte of a token's values belongs to."""
+        return [head for head, widths in enumerate(self.value) for _ in range(sum(widths))]
+
     def bit_map(self) -> BitMap:
         """Index tensors that let a whole token be packed or unpacked at once."""
         per_latent: list[list[tuple[int, int, int, int]]] = []

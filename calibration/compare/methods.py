@@ -8,7 +8,6 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from statistics import mean
 
-import torch
 from torch import Tensor
 
 from calibration.attention import Reading
@@ -105,13 +104,11 @@ class Residual(Reading):
 
     length: int = 128
 
-    def exact_keys(self, tokens: int, device: torch.device) -> Tensor:
-        positions = torch.arange(tokens, device=device)
-        return positions >= (positions // self.length * self.length)[:, None]
+    def exact(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        return tokens[..., None, :] >= (queries // self.length * self.length)[..., None]
 
-    def exact_values(self, tokens: int, device: torch.device) -> Tensor:
-        positions = torch.arange(tokens, device=device)
-        return positions >= positions[:, None] - self.length
+    def exact_values(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        return tokens[..., None, :] >= queries[..., None] - self.length
 
 
 @dataclass(frozen=True)

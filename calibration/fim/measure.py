@@ -32,7 +32,7 @@ def _origin(measured: Study) -> dict[str, str | int]:
     """What a run says of itself."""
     shape = measured.shape
     return {
-        "model": short_name(measured.name),
+        "model": short_name(measured.source),
         "text": measured.corpus.name,
         "tokens": measured.windows.numel(),
         "num_heads": shape.num_heads,

@@ -1,10 +1,10 @@
 """`kvsplice`, phase 1: transforms and codebooks learned on stored samples, for least Fisher-weighted error after coding.
 
-Transform and decoder are trained through the quantiser, then codebooks are fitted anew to the latents that came of it, in
-turn. Every head is judged on samples that it was not trained on, and keeps what it started from where that is better.
+Transform and decoder are trained through the quantiser; now and then codebooks are fitted anew to the latents that came of
+it. Every head is judged on samples that it was not trained on, and keeps what it started from where that is better.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from calibration.fit.trainable import TrainableKind, latent_error
 from calibration.plan import Plan
 from calibration.statistics import KindStatistics, Statistics
 
-_ROUNDS, _STEPS, _RATE = 2, 60, 3e-3
+_STEPS, _RATE, _CODEBOOKS_EVERY = 200, 0.02, 80
 # Of all heads at once.
 _BATCH = 256
 # One sample in eight judges.
@@ -75,36 +75,31 @@ def _train(start: KindCoder, statistics: KindStatistics, level_fit: LevelFit, er
     judging = torch.arange(statistics.residual.shape[2]) % _HELD_OUT == 0
     samples = _Samples(statistics.residual, statistics.weight)
     training, held_out = samples.at(~judging), samples.at(judging)
-    coder = start
-    for turn in range(_ROUNDS):
-        if turn:
-            coder = _with_codebooks(coder, training, level_fit)
-        coder = _steps(coder, start, training, error, seed=turn)
-    with torch.no_grad():
-        before, after = (weighted_errors(TrainableKind(c, error), start, held_out) for c in (start, coder))
-    return _choose(after < before, coder, start)
-
-
-def _steps(coder: KindCoder, metric: KindCoder, samples: _Samples, error: float, seed: int) -> KindCoder:
-    """Adam on minibatches, its rate falling to nothing."""
-    kind = TrainableKind(coder, error)
+    kind = TrainableKind(start, error)
     optimizer = torch.optim.Adam([kind.analysis_step, kind.synthesis_step], lr=_RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(_STEPS):
-        batch = samples.at(torch.randint(samples.weight.shape[2], (_BATCH,), generator=generator))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(_STEPS):
+        if step and step % _CODEBOOKS_EVERY == 0:
+            _refit(kind, training, level_fit)
+        batch = training.at(torch.randint(training.weight.shape[2], (_BATCH,), generator=generator))
         optimizer.zero_grad()
         # In units of what is expected, so that the optimiser sees no tiny numbers.
-        (weighted_errors(kind, metric, batch).sum() / error).backward()
+        (weighted_errors(kind, start, batch).sum() / error).backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return kind.coder()
+        coder = kind.coder()
+        before, after = (weighted_errors(k, start, held_out) for k in (TrainableKind(start, error), kind))
+    return _choose(after < before, coder, start)
 
 
-def _with_codebooks(coder: KindCoder, samples: _Samples, level_fit: LevelFit) -> KindCoder:
+def _refit(kind: TrainableKind, samples: _Samples, level_fit: LevelFit) -> None:
+    """Codebooks for the latents as they now are."""
+    with torch.no_grad():
+        coder = kind.coder()
     books = fit_codebooks(samples.residual, samples.weight, coder.analysis, coder.importance, level_fit)
-    return replace(coder, levels=books.of(coder.widths), unit=books.unit_of(coder.widths))
+    kind.use(books.of(coder.widths), books.unit_of(coder.widths))
 
 
 def _choose(first: Tensor, one: KindCoder, other: KindCoder) -> KindCoder:

@@ -29,7 +29,7 @@ class TrainableKind(nn.Module):
         # Columns of length `step` in the metric of the Fisher matrix: errors along them cost alike.
         self._directions = coder.synthesis * step / coder.importance.sqrt()[..., None, :]
         self._reach = (step / coder.importance.sqrt()).clamp_max(1)[..., None]
-        self._table = _nearest_levels(coder.levels)
+        self.use(coder.levels, coder.unit)
         groups = (
             torch.arange(coder.widths.numel(), device=coder.mean.device)
             .view(coder.widths.shape)
@@ -39,6 +39,11 @@ class TrainableKind(nn.Module):
         self.analysis_step = nn.Parameter(torch.zeros_like(coder.analysis))
         self.synthesis_step = nn.Parameter(torch.zeros_like(coder.synthesis))
         self.mean_step = nn.Parameter(torch.zeros_like(coder.mean))
+
+    def use(self, levels: Tensor, unit: Tensor) -> None:
+        """Go on with these codebooks."""
+        self._coder = replace(self._coder, levels=levels, unit=unit)
+        self._table = _nearest_levels(levels)
 
     def coder(self) -> KindCoder:
         """As trained so far; differentiable."""
@@ -50,7 +55,9 @@ class TrainableKind(nn.Module):
 
     @property
     def _analysis(self) -> Tensor:
-        return self._coder.analysis + self._reach * (self.analysis_step @ self._coder.analysis)
+        # Latents keep their variance: seen straight through a quantiser, larger ones always look better.
+        mixing = torch.eye(self.mean.shape[-1], device=self.mean.device) + self._reach * self.analysis_step
+        return mixing / mixing.norm(dim=-1, keepdim=True) @ self._coder.analysis
 
     @property
     def _synthesis(self) -> Tensor:

@@ -79,9 +79,10 @@ def test_the_run_says_what_it_is_of(run):
 def test_maps_inside_attention_are_measured_in_every_family(family, tmp_path):
     model = plain_model(family, tmp_path)
     found = map_metrics(model, WINDOWS, lambda: None)
-    fused = {"gpt2": ("c_attn", "c_proj")}.get(family, ("q_proj", "k_proj", "v_proj", "o_proj"))
+    own = {"gpt2": ("c_attn", "c_proj"), "phi": ("q_proj", "k_proj", "v_proj", "dense")}
+    maps = own.get(family, ("q_proj", "k_proj", "v_proj", "o_proj"))
     names = {
-        f"layer{layer}/{name}_{kind}_k95" for layer in range(3) for name in fused for kind in ("weight", "activation")
+        f"layer{layer}/{name}_{kind}_k95" for layer in range(3) for name in maps for kind in ("weight", "activation")
     }
     assert {name for name in found if name.endswith("_k95")} == names
 

@@ -39,7 +39,7 @@ def measured(tmp_path_factory) -> Study:
 @pytest.fixture(scope="module")
 def damage(measured):
     """KL divergence in nats per token of predictions under a plan from those with a dense cache, position 0 exact."""
-    model, _ = load_model(measured.name, torch.float32)
+    model, _ = load_model(measured.source, torch.float32)
     windows = token_windows(tiny_tokenizer(), TEXT[-20000:], 2, 128)
 
     @torch.no_grad()

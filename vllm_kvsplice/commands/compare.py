@@ -48,7 +48,7 @@ def compare(
     from calibration.compare.plots import check_plot, save_plots, save_rows
     from calibration.compare.run import Settings, run
     from calibration.recipe import read_config
-    from vllm_kvsplice.serving.settings import locate_artifact
+    from vllm_kvsplice.hub import locate_artifact
 
     if plot:
         check_plot(plot)

@@ -20,11 +20,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm_kvsplice.artifact import Artifact
 from vllm_kvsplice.doctor import TESTED_VLLM, vllm_version
 from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.hub import locate_artifact
 from vllm_kvsplice.serving.settings import (
     DEFAULT_WINDOW,
     NAMESPACE,
     Settings,
-    locate_artifact,
     open_artifact,
     read_settings,
 )

@@ -1,6 +1,5 @@
 """From vLLM's configuration to a checked artifact."""
 
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -55,42 +54,6 @@ def read_settings(additional_config: Any) -> Settings:
         raise KVSpliceError(f"additional_config is wrong at {where}: {first['msg']}; it takes {choices}") from error
     get_engine(settings.engine)
     return settings
-
-
-def locate_artifact(artifact: str | None, model: str) -> Path:
-    """The directory of an artifact given by path or Hub name, or else inside `model`.
-
-    Raises:
-        ArtifactError: there is none; the message names the command that makes one.
-
-    """
-    if artifact is not None:
-        return Path(artifact) if os.path.isdir(artifact) else _from_hub(artifact, "", model)
-    inside = Path(model) / NAMESPACE
-    if inside.is_dir() or os.path.isdir(model):
-        if not inside.is_dir():
-            raise ArtifactError(
-                f"no KVSplice artifact for {model}; make one with: kvsplice calibrate {model} --out {inside}"
-            )
-        return inside
-    return _from_hub(model, NAMESPACE, model)
-
-
-def _from_hub(repository: str, folder: str, model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = f"{folder}/*" if folder else "*"
-    try:
-        found = Path(snapshot_download(repository, allow_patterns=wanted)) / folder
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ArtifactError(
-            f"{repository} is neither an artifact directory nor an artifact on the Hub that can be reached; "
-            f"make one with: kvsplice calibrate {model} --out DIR"
-        ) from error
-    if not found.is_dir():
-        raise ArtifactError(f"{repository} holds no artifact; make one with: kvsplice calibrate {model} --out DIR")
-    return found
 
 
 @lru_cache(maxsize=2)
