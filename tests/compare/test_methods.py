@@ -117,6 +117,7 @@ def test_kivi_is_read_as_a_stream_reads_it() -> None:
         return keys[None], values[None]
 
     model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=ATTENTION))
+    model.set_attn_implementation = lambda name: None
     module = SimpleNamespace(layer_idx=0, is_causal=True, training=False)
     with tapped(model, tap, method.own_window):
         output, _ = ALL_ATTENTION_FUNCTIONS[ATTENTION](module, query, key, value, None)
