@@ -31,7 +31,7 @@ from calibration.planners.search import CURVE_BITS, search_bits
 from calibration.planners.tiers import Metrics
 from calibration.recipe import CalibrationConfig
 from calibration.statistics import Statistics, collect, fingerprint, load_statistics, save_statistics
-from calibration.text import Corpus, calibration_windows, load_corpus, token_windows
+from calibration.text import Corpus, calibration_windows, load_corpus, own_text, token_windows
 from vllm_kvsplice.artifact import (
     Artifact,
     LayerPlan,
@@ -51,6 +51,8 @@ from vllm_kvsplice.rotary import Rotary
 QUALITY_WINDOWS = 2
 # Others, on which a size is searched for: what was fitted to is no judge.
 SEARCH_WINDOWS = 2
+# Of the tokens to measure and to finetune on, those that the model says by itself (DECISIONS.md).
+OWN_SHARE = 3 / 8
 # To finetune on, and to judge that by.
 TRAINING_WINDOWS, FINETUNE_WINDOWS = 96, 2
 DEFAULT_CONTEXT = 1024
@@ -77,7 +79,8 @@ class Study:
         model: loaded for measurements, not for judging.
         rotary: its rotary embedding, None without.
         corpus: the text.
-        windows: token ids [W, T] that were measured. training: others to finetune on, none without.
+        windows: token ids [W, T] of the text that was measured, and training those to finetune on, none without; text
+            that the model says itself comes to both.
         held_out: to judge on.
         statistics: the measurements.
         config: the recipe.
@@ -177,13 +180,19 @@ def study(source: Source, config: CalibrationConfig, statistics_file: Path | Non
     if context > longest:
         raise KVSpliceError(f"windows of {context} tokens exceed the {longest} the model reads; lower --context")
     rotary = rotary_of(model)
-    windows = calibration_windows(tokenizer, corpus.fit, max(1, config.tokens // context), context)
+    count = max(1, config.tokens // context)
+    windows = calibration_windows(tokenizer, corpus.fit, count - _own(count), context)
     training = windows[:0]
     if config.finetune:
-        training = calibration_windows(tokenizer, corpus.fit, TRAINING_WINDOWS, context)
+        training = calibration_windows(tokenizer, corpus.fit, TRAINING_WINDOWS - _own(TRAINING_WINDOWS), context)
     held_out = _held_out(tokenizer, corpus.held_out, config, context)
-    statistics = _measure(model, windows, rotary, config.seed, statistics_file)
+    statistics = _measure(model, windows, _own(count), rotary, config.seed, statistics_file)
     return Study(source, model, rotary, corpus, windows, training, held_out, statistics, config)
+
+
+def _own(count: int) -> int:
+    """How many of `count` windows the model says itself."""
+    return int(count * OWN_SHARE)
 
 
 def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, config: CalibrationConfig, context: int) -> HeldOut:
@@ -301,13 +310,15 @@ def _report_errors(measured: Study, artifact: Artifact, chosen: Plan, file: Path
 def _finetune(measured: Study, fitted: FittedCodec, checkpoint: Path | None) -> FittedCodec:
     config = measured.config
     schedule = Schedule(config.training_steps, seed=config.seed)
+    # Another seed: not what was measured.
+    windows = with_own_text(measured.model, measured.training, _own(TRAINING_WINDOWS), config.seed + 1)
     with steps("Finetuning on what the model says", schedule.steps) as progress:
         result = finetune(
             measured.model,
             fitted,
             measured.layers,
             measured.rotary,
-            measured.training,
+            windows,
             measured.held_out.finetune,
             schedule,
             progress,
@@ -329,18 +340,27 @@ def steps(description: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 def _measure(
-    model: PreTrainedModel, windows: Tensor, rotary: Rotary | None, seed: int, file: Path | None
+    model: PreTrainedModel, windows: Tensor, own: int, rotary: Rotary | None, seed: int, file: Path | None
 ) -> Statistics:
-    key = fingerprint(model, windows, seed) if file else ""
+    key = fingerprint(model, windows, own, seed) if file else ""
     kept = load_statistics(file, key) if file else None
     if kept:
         console.print(f"Using the measurements in {file}")
         return kept
+    windows = with_own_text(model, windows, own, seed)
     with steps("Measuring keys, values and Fisher information", len(windows)) as progress:
         statistics = collect(model, windows, rotary, seed=seed, progress=progress)
     if file:
         save_statistics(statistics, file, key)
     return statistics
+
+
+def with_own_text(model: PreTrainedModel, windows: Tensor, count: int, seed: int) -> Tensor:
+    """`windows` [W, T] and `count` more that the model says."""
+    if not count:
+        return windows
+    with console.status("Listening to what the model says"):
+        return torch.cat((windows, own_text(model, count, windows.shape[1], seed)))
 
 
 def _layer_plans(plan: Plan, layers: tuple[int, ...], num_layers: int) -> tuple[LayerPlan | None, ...]:
@@ -366,7 +386,7 @@ def _provenance(measured: Study, plan: Plan) -> Provenance:
         model=short_name(measured.source),
         text=measured.corpus.name,
         text_sha256=measured.corpus.sha256,
-        tokens=measured.windows.numel(),
+        tokens=measured.statistics.tokens,
         context=measured.windows.shape[1],
         seed=measured.config.seed,
         fit=measured.config.fitted_by,

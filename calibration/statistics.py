@@ -226,14 +226,14 @@ def _subtract_mean(statistics: KindStatistics, positions: Tensor, rotary: Rotary
     statistics.residual = residual
 
 
-def fingerprint(model: PreTrainedModel, windows: Tensor, seed: int) -> str:
-    """Names a measurement: the model's shape and weights (sampled), the tokens, the seed."""
+def fingerprint(model: PreTrainedModel, windows: Tensor, own: int, seed: int) -> str:
+    """Names a measurement: the model's shape and weights (sampled), the text, how much the model itself said, the seed."""
     digest = hashlib.sha256(_FORMAT + ModelShape.of(model.config).model_dump_json().encode())
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     digest.update(str(tuple(windows.shape)).encode() + windows.numpy().tobytes())
-    digest.update(str(seed).encode())
+    digest.update(f"{own} {seed}".encode())
     return digest.hexdigest()
 
 

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_kvsplice.errors import KVSpliceError
 
@@ -15,6 +16,8 @@ NAMED = ("pydoc", "wikitext")
 _SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 # One window in so many is set as a conversation.
 CHAT_EVERY = 4
+# Tokens that a model says in one go: later ones cost more and wander off.
+_PIECE = 512
 # Enough characters for any window: natural text has 3 to 6 per token.
 _CHARACTERS_PER_TOKEN = 12
 
@@ -132,6 +135,33 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: str, count: in
         if len(conversation) == context:
             windows[index] = conversation
     return windows
+
+
+def own_text(model: PreTrainedModel, count: int, context: int, seed: int) -> Tensor:
+    """What `model` says by itself, each piece from a random token on: int64 [count, context].
+
+    Text of every kind that the model knows, so that a codec fitted to one kind of text serves others as well (Liu et al.,
+    LLM-QAT, arXiv:2305.17888).
+    """
+    pieces = math.ceil(context / _PIECE)
+    length = math.ceil(context / pieces)
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(model.config.get_text_config().vocab_size, (count * pieces, 1), generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # Type checkers find a tensor where transformers mixes this method in.
+        tokens = model.generate(  # type: ignore[operator]
+            first.to(model.device),
+            attention_mask=torch.ones_like(first).to(model.device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=length - 1,
+            max_new_tokens=length - 1,
+            pad_token_id=0,
+        )
+    return tokens.cpu().view(count, pieces * length)[:, :context]
 
 
 def _as_conversation(tokenizer: PreTrainedTokenizerBase, text: str, context: int) -> Tensor:

@@ -34,7 +34,7 @@ def _origin(measured: Study) -> dict[str, str | int]:
     return {
         "model": short_name(measured.source),
         "text": measured.corpus.name,
-        "tokens": measured.windows.numel(),
+        "tokens": measured.statistics.tokens,
         "num_heads": shape.num_heads,
         "num_kv_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,

@@ -11,7 +11,15 @@ from transformers import PreTrainedModel
 from calibration import statistics as module
 from calibration.attention import tapped
 from calibration.models import load_model, rotary_of
-from calibration.statistics import FIRST_ORDINARY, Statistics, collect, fingerprint, load_statistics, save_statistics
+from calibration.statistics import (
+    FIRST_ORDINARY,
+    Statistics,
+    collect,
+    fingerprint,
+    load_statistics,
+    save_statistics,
+    with_floor,
+)
 from tests.models import TEXT, tiny_model
 from vllm_kvsplice.errors import KVSpliceError
 
@@ -156,6 +164,30 @@ def test_residuals_are_tokens_less_their_mean(measured):
             torch.testing.assert_close(*lengths, atol=1e-3, rtol=1e-3)
 
 
+def test_tokens_weigh_what_the_loss_feels_of_them(measured):
+    model, windows, statistics = measured
+    offsets = {
+        layer: tuple(torch.zeros_like(x).requires_grad_() for x in pair)
+        for layer, pair in attended(model, windows).items()
+    }
+    summed_loss(model, windows, offsets).backward()
+    for row, (_, pair) in enumerate(sorted(offsets.items())):
+        for kind, offset in zip(KINDS, pair, strict=True):
+            fisher = with_floor(getattr(statistics, kind).fisher[row])
+            gradient = ordinary(offset.grad).double()
+            felt = torch.einsum("htd,hde,hte->ht", gradient, torch.linalg.inv(fisher), gradient)
+            weight = getattr(statistics, kind).weight[row].double()
+            # Every ordinary token was sampled, in an order of its own.
+            found, expected = weight.sort().values, (felt / felt.mean(-1, keepdim=True)).sort().values
+            torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-3)
+
+
+def test_no_direction_of_a_floored_fisher_matrix_is_free():
+    floored = with_floor(torch.diag_embed(torch.tensor([[4.0, 0.0], [0.0, 0.0]])))
+    torch.testing.assert_close(floored[0].diagonal(), torch.tensor([4.1, 0.1], dtype=torch.float64))
+    assert (torch.linalg.eigvalsh(floored) > 0).all()
+
+
 def test_residuals_have_no_mean(measured):
     kinds = KINDS if rotary_of(measured.model) is None else ("value",)
     for residual in (getattr(measured.statistics, kind).residual.double() for kind in kinds):
@@ -242,14 +274,18 @@ def test_file_without_measurements_is_refused(content, tmp_path):
 
 def test_fingerprint_names_model_text_and_seed(llama):
     model, windows = llama
-    own = fingerprint(model, windows, 0)
-    assert own == fingerprint(model, windows.clone(), 0)
-    assert own not in (fingerprint(model, windows + 1, 0), fingerprint(model, windows, 1))
+    own = fingerprint(model, windows, 0, 0)
+    assert own == fingerprint(model, windows.clone(), 0, 0)
+    assert own not in (
+        fingerprint(model, windows + 1, 0, 0),
+        fingerprint(model, windows, 0, 1),
+        fingerprint(model, windows, 1, 0),
+    )
     model.model.layers[2].mlp.down_proj.weight.mul_(1.5)
-    assert own != fingerprint(model, windows, 0)
+    assert own != fingerprint(model, windows, 0, 0)
 
 
 def test_fingerprint_tells_long_windows_from_short_ones_of_the_same_tokens(llama):
     model, windows = llama
     shorter = windows.reshape(-1, windows.shape[1] // 3)
-    assert fingerprint(model, windows, 0) != fingerprint(model, shorter, 0)
+    assert fingerprint(model, windows, 0, 0) != fingerprint(model, shorter, 0, 0)

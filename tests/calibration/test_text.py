@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from calibration import text as text_module
-from calibration.text import CHAT_EVERY, calibration_windows, load_corpus, read_text, token_windows
-from tests.models import SPECIAL, TEXT, tiny_tokenizer
+from calibration.models import load_model
+from calibration.text import CHAT_EVERY, calibration_windows, load_corpus, own_text, read_text, token_windows
+from tests.models import SPECIAL, TEXT, VOCAB, tiny_model, tiny_tokenizer
 from vllm_kvsplice.errors import KVSpliceError
 
 
@@ -178,3 +179,34 @@ class TestConversations:
     def test_conversation_of_little_but_white_space_fills_its_window(self, filler, tokenizer):
         windows = calibration_windows(tokenizer, filler * 6000, CHAT_EVERY, 64)
         assert windows.shape == (CHAT_EVERY, 64)
+
+
+class TestOwnText:
+    @pytest.fixture(scope="class")
+    def model(self, tmp_path_factory):
+        return load_model(str(tiny_model("llama", tmp_path_factory.mktemp("llama"))), torch.float32)[0]
+
+    def test_windows_are_whole_whatever_their_length(self, model, monkeypatch):
+        monkeypatch.setattr(text_module, "_PIECE", 20)
+        for context in (16, 20, 50):
+            windows = own_text(model, 3, context, seed=0)
+            assert windows.shape == (3, context)
+            assert windows.dtype == torch.int64
+            assert ((windows >= 0) & (windows < VOCAB)).all()
+
+    def test_the_seed_decides_and_nothing_else_is_drawn(self, model):
+        torch.manual_seed(5)
+        state = torch.get_rng_state()
+        first, again, other = (own_text(model, 2, 24, seed) for seed in (0, 0, 1))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_it_is_what_the_model_finds_likely(self, model):
+        def likelihood(windows: torch.Tensor) -> float:
+            with torch.no_grad():
+                told = model(windows, use_cache=False).logits[:, :-1].log_softmax(-1)
+            return float(told.gather(-1, windows[:, 1:, None]).mean())
+
+        noise = torch.randint(VOCAB, (8, 48), generator=torch.Generator().manual_seed(0))
+        assert likelihood(own_text(model, 8, 48, 0)) > likelihood(noise) + 1
