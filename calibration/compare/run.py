@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from calibration.compare.harness import Row, compare
 from calibration.compare.methods import KVSplice, Method
 from calibration.compare.peers import PEERS, rank_peers
+from calibration.compare.spline_first import spline_first
 from calibration.models import load_model, longest_context
 from calibration.pipeline import steps, study
 from calibration.plan import plan_budget
@@ -81,6 +82,8 @@ def _fitted(settings: Settings, fit: CalibrationConfig, model: PreTrainedModel) 
     for bits in SIZES:
         plan = plan_budget(measured.evidence.distortion, measured.budget_for(bits))
         yield _ours(f"{bits:g} bits", measured.artifact(plan), model)
+    for bits in (3.0, 4.0):
+        yield spline_first(measured, bits)
 
 
 def _ours(name: str, artifact: Artifact, model: PreTrainedModel) -> KVSplice:
