@@ -142,25 +142,34 @@ def own_text(model: PreTrainedModel, count: int, context: int, seed: int) -> Ten
 
     Text of every kind that the model knows, so that a codec fitted to one kind of text serves others as well (Liu et al.,
     LLM-QAT, arXiv:2305.17888).
+
+    Raises:
+        KVSpliceError: the model computes nonsense, or there is no memory for it.
+
     """
     pieces = math.ceil(context / _PIECE)
     length = math.ceil(context / pieces)
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(model.config.get_text_config().vocab_size, (count * pieces, 1), generator=generator)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        # Type checkers find a tensor where transformers mixes this method in.
-        tokens = model.generate(  # type: ignore[operator]
-            first.to(model.device),
-            attention_mask=torch.ones_like(first).to(model.device),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_new_tokens=length - 1,
-            max_new_tokens=length - 1,
-            pad_token_id=0,
-        )
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            # Type checkers find a tensor where transformers mixes this method in.
+            tokens = model.generate(  # type: ignore[operator]
+                first.to(model.device),
+                attention_mask=torch.ones_like(first).to(model.device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+                pad_token_id=0,
+            )
+    except RuntimeError as error:
+        raise KVSpliceError(
+            f"the model cannot say anything ({error}); if its probabilities are not finite, its weights are damaged"
+        ) from error
     return tokens.cpu().view(count, pieces * length)[:, :context]
 
 

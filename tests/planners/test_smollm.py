@@ -17,14 +17,14 @@ pytestmark = pytest.mark.model
 def test_the_same_bytes_cost_less_where_fisher_information_plans(smollm: Path) -> None:
     # A quarter of the usual text: the figures in docs/planning.md are better.
     measured = study(str(smollm), CalibrationConfig(tokens=4096, context=512))
-    model, _ = load_model(measured.name, torch.float32)
+    model, _ = load_model(measured.source, torch.float32)
     costs, expected = {}, {}
     for planner in ("budget", "uniform"):
         plan = make_plan(measured.evidence, CalibrationConfig(bits=3, planner=planner), measured.budget_for(3))
         assert plan.bytes_per_token == 4320
         artifact = measured.artifact(plan)
         codecs = {index: artifact.layer(index) for index in artifact.compressed_layers}
-        costs[planner] = evaluate(model, codecs, measured.held_out, "all", lambda: None).change_percent
+        costs[planner] = evaluate(model, codecs, measured.held_out.quality, "all", lambda: None).change_percent
         expected[planner] = 100 * plan.expected_increase
     print(f"measured {costs}, expected {expected}")
     assert 1.5 * costs["budget"] < costs["uniform"]
