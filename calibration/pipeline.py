@@ -298,8 +298,10 @@ def make(
 
 def _report_errors(measured: Study, artifact: Artifact, chosen: Plan, file: Path | None) -> None:
     """Print what coding does to keys and values before and after training, and write it to `file`."""
-    before = head_errors(measured.artifact_of(measured.fit.start(chosen)), measured.statistics)
+    start = measured.artifact_of(measured.fit.start(chosen))
+    untrained = start.manifest.tensors_sha256 == artifact.manifest.tensors_sha256
     after = head_errors(artifact, measured.statistics)
+    before = after if untrained else head_errors(start, measured.statistics)
     console.print(error_table(before, after))
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)

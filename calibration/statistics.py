@@ -242,6 +242,11 @@ def save_statistics(statistics: Statistics, file: Path, key: str) -> None:
     tensors = {f"{kind}.{name}": t for kind in ("key", "value") for name, t in vars(getattr(statistics, kind)).items()}
     tensors["positions"] = statistics.positions
     metadata = {"fingerprint": key, "layers": json.dumps(statistics.layers), "tokens": str(statistics.tokens)}
+    save_tensors(tensors, file, metadata)
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, the whole of it or nothing; its directory is made if it is missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     staging = file.with_name(f".{file.name}.{os.getpid()}")
     try:

@@ -7,13 +7,11 @@ The loss is the divergence KL(uncompressed || compressed) of next-token distribu
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -23,6 +21,7 @@ from transformers import PreTrainedModel
 from calibration.attention import tapped
 from calibration.fit.coder import FittedCodec
 from calibration.fit.trainable import TrainableCodec
+from calibration.statistics import save_tensors
 from vllm_kvsplice.rotary import Rotary
 
 # Tokens of one step, and steps over which the rate rises.
@@ -173,20 +172,13 @@ def _copy(codec: TrainableCodec) -> dict[str, Tensor]:
 
 
 def _keep(file: Path, key: str, codec: TrainableCodec, optimizer: torch.optim.Adam, state: _State) -> None:
-    """Write a checkpoint, the whole of it or nothing."""
     tensors = {f"best.{name}": tensor for name, tensor in state.best.items()}
     for name, parameter in codec.named_parameters():
         moments = optimizer.state[parameter]
         tensors |= {f"now.{name}": parameter.detach()}
         tensors |= {f"{moment}.{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq")}
     progress = {"step": state.step, "in_vain": state.in_vain, "best_kl": state.best_kl}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staging = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        safetensors.torch.save_file(tensors, staging, {"key": key, "progress": json.dumps(progress)})
-        staging.replace(file)
-    finally:
-        staging.unlink(missing_ok=True)
+    save_tensors(tensors, file, {"key": key, "progress": json.dumps(progress)})
 
 
 def _resume(file: Path, key: str, codec: TrainableCodec, optimizer: torch.optim.Adam) -> _State | None:

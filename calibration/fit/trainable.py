@@ -29,6 +29,7 @@ class TrainableKind(nn.Module):
         # Columns of length `step` in the metric of the Fisher matrix: errors along them cost alike.
         self._directions = coder.synthesis * step / coder.importance.sqrt()[..., None, :]
         self._reach = (step / coder.importance.sqrt()).clamp_max(1)[..., None]
+        self._identity = torch.eye(coder.mean.shape[-1], device=coder.mean.device)
         self.use(coder.levels, coder.unit)
         groups = (
             torch.arange(coder.widths.numel(), device=coder.mean.device)
@@ -44,6 +45,7 @@ class TrainableKind(nn.Module):
         """Go on with these codebooks."""
         self._coder = replace(self._coder, levels=levels, unit=unit)
         self._table = _nearest_levels(levels)
+        self._coded_unit = (unit * self._coder.coded)[..., None, :]
 
     def coder(self) -> KindCoder:
         """As trained so far; differentiable."""
@@ -56,7 +58,7 @@ class TrainableKind(nn.Module):
     @property
     def _analysis(self) -> Tensor:
         # Latents keep their variance: seen straight through a quantiser, larger ones always look better.
-        mixing = torch.eye(self.mean.shape[-1], device=self.mean.device) + self._reach * self.analysis_step
+        mixing = self._identity + self._reach * self.analysis_step
         return mixing / mixing.norm(dim=-1, keepdim=True) @ self._coder.analysis
 
     @property
@@ -65,11 +67,10 @@ class TrainableKind(nn.Module):
 
     def forward(self, residual: Tensor) -> Tensor:
         """Residuals [.., T, D] as they are read back."""
-        unit, coded = self._coder.unit[..., None], self._coder.coded[..., None]
-        latents = (self._analysis / unit) @ residual.mT
+        latents = (self._analysis / self._coder.unit[..., None]) @ residual.mT
         # Straight through (Bengio et al., 2013): levels forward, their gradient as that of the latents.
         read = latents + (self._nearest(latents.detach()) - latents).detach()
-        return ((self._synthesis * (unit * coded).mT) @ read).mT
+        return ((self._synthesis * self._coded_unit) @ read).mT
 
     def _nearest(self, latents: Tensor) -> Tensor:
         half = (latents * 2).floor().clamp(2 * LOWEST_LEVEL, 2 * HIGHEST_LEVEL + 1).long()

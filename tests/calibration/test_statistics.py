@@ -79,6 +79,16 @@ def summed_loss(model: PreTrainedModel, windows: Tensor, offsets: dict[int, tupl
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
 
 
+def gradients(model: PreTrainedModel, windows: Tensor) -> list[list[Tensor]]:
+    """Of the loss with respect to ordinary tokens' keys and values, [H, tokens, D] each, by layer."""
+    offsets = {
+        layer: tuple(torch.zeros_like(x).requires_grad_() for x in pair)
+        for layer, pair in attended(model, windows).items()
+    }
+    summed_loss(model, windows, offsets).backward()
+    return [[ordinary(offset.grad) for offset in pair] for _, pair in sorted(offsets.items())]
+
+
 def unrotated(model: PreTrainedModel, key: Tensor) -> Tensor:
     """Keys [W, H, T, D] before rotation, in float64."""
     rotary = rotary_of(model)
@@ -109,14 +119,8 @@ def test_mean_of_keys_is_that_of_the_projection(llama):
 
 def test_fisher_is_the_mean_outer_product_of_gradients(measured):
     model, windows, statistics = measured
-    offsets = {
-        layer: tuple(torch.zeros_like(x).requires_grad_() for x in pair)
-        for layer, pair in attended(model, windows).items()
-    }
-    summed_loss(model, windows, offsets).backward()
-    for row, (_, pair) in enumerate(sorted(offsets.items())):
-        for kind, offset in zip(KINDS, pair, strict=True):
-            gradient = ordinary(offset.grad)
+    for row, pair in enumerate(gradients(model, windows)):
+        for kind, gradient in zip(KINDS, pair, strict=True):
             expected = gradient.mT @ gradient / gradient.shape[1]
             fisher = getattr(statistics, kind).fisher[row].double()
             assert (fisher - expected).norm() < 1e-4 * expected.norm()
@@ -166,15 +170,10 @@ def test_residuals_are_tokens_less_their_mean(measured):
 
 def test_tokens_weigh_what_the_loss_feels_of_them(measured):
     model, windows, statistics = measured
-    offsets = {
-        layer: tuple(torch.zeros_like(x).requires_grad_() for x in pair)
-        for layer, pair in attended(model, windows).items()
-    }
-    summed_loss(model, windows, offsets).backward()
-    for row, (_, pair) in enumerate(sorted(offsets.items())):
-        for kind, offset in zip(KINDS, pair, strict=True):
+    for row, pair in enumerate(gradients(model, windows)):
+        for kind, gradient in zip(KINDS, pair, strict=True):
             fisher = with_floor(getattr(statistics, kind).fisher[row])
-            gradient = ordinary(offset.grad).double()
+            gradient = gradient.double()
             felt = torch.einsum("htd,hde,hte->ht", gradient, torch.linalg.inv(fisher), gradient)
             weight = getattr(statistics, kind).weight[row].double()
             # Every ordinary token was sampled, in an order of its own.
