@@ -41,10 +41,11 @@ from vllm_kvsplice.engines.cpu import ISA_VARIABLE, CpuEngine, instruction_sets
 from vllm_kvsplice.errors import KVSpliceError
 
 # All relative to the largest output (about 3). Measured on the reference engine over every case below: 2.3e-6. The CPU
-# engine's queries have 16 bits and its probabilities 15: 7.8e-5.
+# engine's queries have 16 bits and its probabilities 15: 7.8e-5; with AMX, where the mean keys of prompts have 16 bits as
+# well: 1.8e-4. bfloat16 rounds by 2e-3.
 ORACLE_LIMIT, CPU_ORACLE_LIMIT = 5e-6, 2e-4
 # Between two float32 runs of the reference that only sum in another order; measured: 1.8e-7. The CPU engine promises the
-# same bits.
+# same bits, but not with AMX, which multiplies many rows in one way and few in another.
 ORDER_LIMIT = 1e-6
 
 STEP = Case(MIXED)
@@ -65,7 +66,8 @@ def oracle_limit(engine: Engine) -> float:
 
 
 def order_limit(engine: Engine) -> float:
-    return getattr(engine, "order_limit", 0 if hasattr(engine, "isa") else ORDER_LIMIT)
+    by_isa = {None: ORDER_LIMIT, "amx": CPU_ORACLE_LIMIT}
+    return getattr(engine, "order_limit", by_isa.get(getattr(engine, "isa", None), 0))
 
 
 @pytest.fixture(autouse=True)
@@ -219,6 +221,9 @@ SHAPES += [
     Case(((1, 300), (150, 300), (140, 140)), window=32, whole_chunk=True),
     Case(((3, 4999),), heads=1, group=1, block=128, window=128, window_block=16),
     Case(((1, 700), (5, 1300), (40, 40)), group=16, dim=256, block=256, window=32, window_block=16),
+    # More query rows than share a block anywhere, over several splits and segments of the mean keys' series.
+    Case(((100, 1700),), group=3, dim=64, block=64),
+    Case(((30, 1100), (1, 513), (9, 512)), heads=1, group=7, dim=96, block=48, window=33),
     *(Case(((1, 1100), (70, 600)), group=2, dim=64, block=n, window=20) for n in (48, 64, 96)),
 ]
 # One, two or three queries at every fill of the last block, with and without full blocks before it.
@@ -402,12 +407,12 @@ LONG = Case(((5, 1500), (40, 620), (1, 700), (70, 70)), dim=64, block=64, window
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
-def test_the_cpu_engine_answers_with_the_same_bits_alone_in_chunks_and_on_any_number_of_threads(isa):
+def test_the_cpu_engine_answers_the_same_alone_in_chunks_and_on_any_number_of_threads(isa):
     engine = CpuEngine(isa)
     step = make_step(LONG).store(engine)
     whole = step.attend(engine)
     with threads(3):
-        assert torch.equal(step.attend(engine), whole)
+        expect_close(step.attend(engine), whole, order_limit(engine), "three threads answer what one does")
     for index, expected in enumerate(whole.split([len(r.query) for r in step.requests])):
         request = step.requests[index]
         first, last = len(request.key) - len(request.query), len(request.key)
@@ -419,7 +424,7 @@ def test_the_cpu_engine_answers_with_the_same_bits_alone_in_chunks_and_on_any_nu
                 value=request.value[:end],
             )
             alone = replace(step, requests=[part]).attend(engine)
-            assert torch.equal(alone, expected[start - first : end - first])
+            expect_close(alone, expected[start - first : end - first], order_limit(engine), "a part equals the whole's")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -427,8 +432,9 @@ def test_the_cpu_engine_answers_with_the_same_bits_alone_in_chunks_and_on_any_nu
 def test_the_cpu_engine_reads_and_writes_all_dtypes_of_a_window(isa, dtype):
     step = make_step(WINDOWED)
     step = replace(with_tensors(step, lambda x: x.to(dtype)), window_pages=step.window_pages.to(dtype))
-    outputs = [step.store(engine).attend(engine) for engine in (reference, CpuEngine(isa))]
-    expect_close(outputs[1], outputs[0], CPU_ORACLE_LIMIT, f"a window of {dtype} is read like by the reference")
+    engine = CpuEngine(isa)
+    expected, output = (step.store(each).attend(each) for each in (reference, engine))
+    expect_close(output, expected, oracle_limit(engine), f"a window of {dtype} is read like by the reference")
 
 
 def test_the_instruction_set_can_be_chosen(monkeypatch):

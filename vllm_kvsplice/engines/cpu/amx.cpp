@@ -1,257 +1,519 @@
-// AMX: a tile of 16 x 64 bytes times another in sixteen cycles, eight times what `vpdpbusd` does in them. Codes are unpacked
-// as for AVX-512; what differs is who multiplies.
+// AMX: a tile of 16 x 64 bytes times another in sixteen cycles, eight times what `vpdpbusd` does in them. What it multiplies
+// has to lie in memory, which pays where many rows share it: in prompts. Few rows are AVX-512's.
 //
-// Keys: four latents of a token in a 32-bit lane are a tile's layout already, so queries (a row of high and a row of low
-// bytes each) come from the left and give [16 rows of bytes, 16 tokens].
-// Values: a register of 64 tokens is a tile's row, so latents come from the left and probabilities, turned on their side,
-// from the right: [16 latents, 16 columns of bytes].
+// Everything stands on its side, sixteen query rows in the lanes of a register, so that softmax needs nothing from across:
+//
+//     scores [tokens, 16]  = [keys | series] x [absorbed queries | factors]
+//     sums   [latents, 16] = values x probabilities
+//
+// `series` are cosines, sines and polynomials of a token's offset from its segment's centre, the same for every row, head and
+// layer; `factors` are what a row's mean series has for them there. Numbers of 16 bits are two bytes, so a product of two
+// is one of high bytes, worth 256, and two of a high and a low one; keys and values are single bytes and cost two.
 #include "avx512.h"
 
 namespace kvsplice {
 namespace {
 
-// So many query rows are done sooner without tiles, which have to go through memory.
-constexpr int kFewRows = 4;
-// Query rows whose high and low bytes fill a tile.
-constexpr int kTileRows = 8;
+// Query rows of a register.
+constexpr int kLanes = 16;
+// Tokens whose scores are multiplied at once.
+constexpr int kStep = 32;
+constexpr int kTileBytes = 16 * 64;
+// Bytes between latents of a split's values: 512 would put all of them into the same few sets of the first cache.
+constexpr int kValueRow = kSplit + 64;
+// Score of a token that a row does not read.
+constexpr int32_t kUnread = INT32_MIN;
+
+struct AmxPrompt;
 
 struct Amx : Avx512 {
-    // Latents of values whose sums stay in registers at once.
-    static constexpr int kLatents = 64;
+    static constexpr int kRows = 192, kFewRows = 7;
+    using Prompt = AmxPrompt;
 
-    static int64_t key_places(int latents) { return kBatch * kTile * round_up(latents, 64) / 2; }
-    static int64_t value_places(int) { return kSplit * kLatents / 2; }
-
-    // Tile registers 0 to 4 get `rows` rows of 64 bytes, 5 to 7 all sixteen.
-    static void shape(int rows) {
-        struct {
-            uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } shape;
-        for (int i = 0; i < 5; ++i) shape.rows[i] = static_cast<uint8_t>(rows);
-        _tile_loadconfig(&shape);
-    }
-
+    // Every tile has sixteen rows of 64 bytes.
     struct Session {
-        Session() { shape(16); }
+        Session() {
+            struct {
+                uint8_t palette = 1, start_row = 0, reserved[14] = {};
+                uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+                uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+            } shape;
+            _tile_loadconfig(&shape);
+        }
         ~Session() { _tile_release(); }
     };
+};
 
-    // Latents past the last would meet whatever the keys' buffer holds there: zeros keep it out.
-    static void pack_query(const int16_t* numbers, int count, int64_t stride, int16_t* out) {
-        std::memset(out, 0, 2 * stride);
-        Avx512::pack_query(numbers, count, stride, out);
-    }
+// 16 x 16 numbers of 32 bits, rows `stride` bytes apart; column c goes to `to(c)`.
+template <class To>
+KV_INLINE void turn(const void* from, int64_t stride, To to) {
+    __m512i x[4][4];
+    each<4>([&](auto n) KV_LAMBDA {
+        __m512i a[4], b[4];
+        each<4>([&](auto i) KV_LAMBDA { a[i] = load_bytes(static_cast<const char*>(from) + (4 * n + i) * stride); });
+        b[0] = _mm512_unpacklo_epi32(a[0], a[1]);
+        b[1] = _mm512_unpackhi_epi32(a[0], a[1]);
+        b[2] = _mm512_unpacklo_epi32(a[2], a[3]);
+        b[3] = _mm512_unpackhi_epi32(a[2], a[3]);
+        x[n][0] = _mm512_unpacklo_epi64(b[0], b[2]);
+        x[n][1] = _mm512_unpackhi_epi64(b[0], b[2]);
+        x[n][2] = _mm512_unpacklo_epi64(b[1], b[3]);
+        x[n][3] = _mm512_unpackhi_epi64(b[1], b[3]);
+    });
+    // x[n][i]: quarter l holds rows 4 n.. of column 4 l + i.
+    each<4>([&](auto i) KV_LAMBDA {
+        constexpr int kEven = 0x88, kOdd = 0xDD;
+        const __m512i even_low = _mm512_shuffle_i32x4(x[0][i], x[1][i], kEven),
+                      odd_low = _mm512_shuffle_i32x4(x[0][i], x[1][i], kOdd),
+                      even_high = _mm512_shuffle_i32x4(x[2][i], x[3][i], kEven),
+                      odd_high = _mm512_shuffle_i32x4(x[2][i], x[3][i], kOdd);
+        _mm512_storeu_si512(to(i), _mm512_shuffle_i32x4(even_low, even_high, kEven));
+        _mm512_storeu_si512(to(4 + i), _mm512_shuffle_i32x4(odd_low, odd_high, kEven));
+        _mm512_storeu_si512(to(8 + i), _mm512_shuffle_i32x4(even_low, even_high, kOdd));
+        _mm512_storeu_si512(to(12 + i), _mm512_shuffle_i32x4(odd_low, odd_high, kOdd));
+    });
+}
 
-    // Products of a tile with up to eight rows: [4 x 16 tokens][high and low bytes of rows][16].
+// Four numbers of 16 bits a lane as four high and four low bytes, all signed.
+KV_INLINE void split_bytes(const Ints* x, void* high, void* low) {
+    constexpr __mmask32 kOdd = 0xAAAAAAAA;
+    const __m512i bytes = _mm512_set1_epi16(255), half = _mm512_set1_epi16(128);
+    const __m512i even = _mm512_mask_mov_epi16((__m512i)x[0], kOdd, _mm512_slli_epi32((__m512i)x[2], 16));
+    const __m512i odd = _mm512_mask_mov_epi16((__m512i)x[1], kOdd, _mm512_slli_epi32((__m512i)x[3], 16));
+    // `odd` where `bytes` has zeros.
+    _mm512_store_si512(high, _mm512_ternarylogic_epi64(bytes, _mm512_srli_epi16(_mm512_add_epi16(even, half), 8),
+                                                       _mm512_add_epi16(odd, half), 0xCA));
+    _mm512_store_si512(low, _mm512_ternarylogic_epi64(bytes, even, _mm512_slli_epi16(odd, 8), 0xCA));
+}
+
+KV_INLINE Ints rounded(Floats x) { return (Ints)_mm512_cvtps_epi32((__m512)x); }
+KV_INLINE Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+
+// Rows of a block in groups of sixteen. Bytes from the right lie as tiles: [high, low][16][16 rows][4].
+struct AmxPrompt {
+    static constexpr int kGroups = Amx::kRows / kLanes;
+    // What a unit of scores is worth in factors: 256 times a high byte of `series`.
+    static constexpr float kFactor = kWhole / 256.0f;
+
+    // Sums of one product's high and low bytes.
     struct Products {
-        alignas(64) int32_t sums[4][16][16];
-        int first, tile;
+        alignas(64) int32_t high[kStep][kLanes], low[kStep][kLanes];
     };
 
-    // A tile is unpacked while the one before is multiplied, and a product is read back only after the next one is under way:
-    // nobody waits for what was just stored.
-    static void score_latents(const Half& half, const Tiles& tiles, const Queries& queries, int16_t* keys,
-                              float* scores) {
-        if (queries.rows <= kFewRows) return Avx512::score_latents(half, tiles, queries, keys, scores);
-        const int64_t tile_bytes = kTile * round_up(half.latents, 64);
-        int8_t* unpacked = reinterpret_cast<int8_t*>(keys);
-        shape(2 * least(queries.rows, kTileRows));
-        Products products[2];
-        int made = 0;
-        unpack_keys(half, tiles, 0, 1, unpacked, tile_bytes);
-        for (int tile = 0; tile < tiles.count; ++tile) {
-            if (tile + 1 < tiles.count)
-                unpack_keys(half, tiles, tile + 1, 1, unpacked + (tile + 1) % 2 * tile_bytes, tile_bytes);
-            for (int row = 0; row < queries.rows; row += kTileRows, ++made) {
-                Products& now = products[made % 2];
-                now.first = row;
-                now.tile = tile;
-                multiply_keys(unpacked + tile % 2 * tile_bytes, half.latents, queries.numbers + row * queries.stride,
-                              queries.stride, now);
-                if (made) add_scores(products[1 - made % 2], queries, scores);
+    // A group's rows and a split.
+    struct Piece {
+        alignas(64) int32_t until[kLanes], largest[kLanes];  // tokens end that a row reads; its largest score
+        float units[kLanes], shift[kLanes];                  // 2048ths below the largest: units * score + shift
+        float kept[kLanes], share[kLanes];                   // of what was read before, and of this
+        int group, first;
+        bool whole;  // every row reads every token
+    };
+
+    int key_tiles, value_pairs, factor_tiles, pairs;
+    int64_t width;  // of a row's latents
+    const Series* tables;
+    int8_t *queries, *factors;      // [groups, key tiles], [segments of a split, groups, factor tiles] of tiles
+    int32_t* constants;             // [segments of a split, groups, 16 rows]: of the series, in units
+    float* series;                  // [groups, 2, pairs, 16 rows]: of the mean keys, in units
+    int8_t *quads, *keys, *values;  // of a tile; [key tiles, kSplit, 64], [latents, kValueRow]
+    int32_t* scores;                // [2, kSplit, 16]
+    uint8_t* probabilities;         // [2, kSplit / 64] of tiles
+    Products* products;             // of two steps, then of pairs of values' tiles
+    Piece* pieces;
+    float* sums;  // [groups, latents, 16 rows], relative to 2^top
+    float unit[Amx::kRows], constant[Amx::kRows], top[Amx::kRows], weight[Amx::kRows];
+    int32_t stored[Amx::kRows];
+
+    template <class A>
+    void lay_out(char*& at, const A& a) {
+        pairs = a.pairs;
+        tables = pairs ? &a.layer.rotary->series : nullptr;
+        key_tiles = static_cast<int>(ceil_div(a.key_latents, 64));
+        value_pairs = static_cast<int>(ceil_div(a.value_latents, 32));
+        factor_tiles = tables ? tables->columns / 64 : 0;
+        width = 64 * key_tiles;
+        place(at, queries, kGroups * key_tiles * 2 * kTileBytes);
+        place(at, factors, kSplit / kSegment * kGroups * factor_tiles * 2 * kTileBytes);
+        place(at, constants, kSplit / kSegment * kGroups * kLanes);
+        place(at, series, kGroups * pairs * 2 * kLanes);
+        place(at, quads, kTile * width);
+        place(at, keys, kSplit * width);
+        place(at, values, value_pairs * 32 * kValueRow);
+        place(at, scores, 2 * kSplit * kLanes);
+        place(at, probabilities, 2 * kSplit / 64 * 2 * kTileBytes);
+        place(at, products, 2 + ceil_div(value_pairs, kTile / kStep));
+        place(at, pieces, kGroups);
+        place(at, sums, kGroups * value_pairs * 32 * kLanes);
+    }
+
+    int8_t* factors_of(int segment, int group) const {
+        return factors + (segment * kGroups + group) * factor_tiles * 2 * kTileBytes;
+    }
+    int32_t* constants_of(int segment, int group) const { return constants + (segment * kGroups + group) * kLanes; }
+    float* sums_of(int group, int tile) const { return sums + (group * value_pairs * 2 + tile) * 16 * kLanes; }
+
+    // --- before the context ------------------------------------------------------------------------------------------
+
+    template <class A>
+    void prepare(const A& a, const Block& b) {
+        const Half& half = a.layer.key[b.head];
+        const int64_t stride = round_up(a.key_latents, 16);
+        std::memset(unit, 0, sizeof unit);
+        if (!factor_tiles) std::memset(constants, 0, kSplit / kSegment * kGroups * kLanes * sizeof(int32_t));
+        std::memset(constant, 0, sizeof constant);
+        std::memset(stored, 0, sizeof stored);
+        for (int row = 0; row < b.rows; ++row) {
+            constant[row] = a.w.constant[row];
+            stored[row] = static_cast<int32_t>(a.w.stored[row]);
+        }
+        for (int first = 0; first < b.rows; first += kLanes) {
+            float* to = series + first * 2 * pairs;
+            turn_floats(a.w.pairs + first * 2 * pairs, 2 * pairs, 2 * pairs, to);
+            float reached[kLanes], inverse[kLanes] = {};
+            store(reached, reach(a.layer.rotary, to) * (1 / kFactor));
+            int8_t* rows = quads;
+            std::memset(rows, 0, 2 * kLanes * width);
+            for (int lane = 0; lane < kLanes && first + lane < b.rows; ++lane, rows += width) {
+                const float* absorbed = a.w.absorbed + (first + lane) * stride;
+                if (half.latents % 16) store(a.w.absorbed + (first + lane) * stride + half.latents, HalfFloats{});
+                Floats sizes = splat(reached[lane]);
+                for (int r = 0; r < half.latents; r += 16)
+                    sizes = larger(sizes, larger(load(absorbed + r), -load(absorbed + r)));
+                const float size = largest(sizes);
+                if (size > 0) inverse[lane] = kWhole / size;
+                unit[first + lane] = size / kWhole;
+                for (int r = 0; r < half.latents; r += 16) {
+                    const __m512i number = (__m512i)rounded(load(absorbed + r) * inverse[lane]);
+                    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(number, _mm512_set1_epi32(128)), 8);
+                    _mm_storeu_si128(reinterpret_cast<__m128i*>(rows + r), _mm512_cvtepi32_epi8(high));
+                    _mm_storeu_si128(reinterpret_cast<__m128i*>(rows + r + kLanes * width),
+                                     _mm512_cvtepi32_epi8(number));
+                }
             }
-        }
-        add_scores(products[1 - made % 2], queries, scores);
-    }
-
-    static KV_INLINE void multiply_keys(const int8_t* keys, int latents, const int16_t* rows, int64_t stride,
-                                        Products& products) {
-        const int8_t* query = reinterpret_cast<const int8_t*>(rows);
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int r = 0; r < latents; r += 64, query += 64, keys += 64 * kTile) {
-            _tile_loadd(4, query, stride);
-            _tile_loadd(5, keys, 256);
-            _tile_dpbsud(0, 4, 5);
-            _tile_loadd(6, keys + 64, 256);
-            _tile_dpbsud(1, 4, 6);
-            _tile_loadd(5, keys + 128, 256);
-            _tile_dpbsud(2, 4, 5);
-            _tile_loadd(6, keys + 192, 256);
-            _tile_dpbsud(3, 4, 6);
-        }
-        _tile_stored(0, products.sums[0], 64);
-        _tile_stored(1, products.sums[1], 64);
-        _tile_stored(2, products.sums[2], 64);
-        _tile_stored(3, products.sums[3], 64);
-    }
-
-    static KV_INLINE void add_scores(const Products& products, const Queries& queries, float* scores) {
-        for (int n = 0; n < kTileRows && products.first + n < queries.rows; ++n) {
-            const int row = products.first + n;
-            float* at = scores + row * kSplit + products.tile * kTile;
-            each<4>([&](auto i) KV_LAMBDA {
-                const Ints high = load<Ints>(products.sums[i][2 * n]), low = load<Ints>(products.sums[i][2 * n + 1]);
-                const Ints sum = (high << 8) + low - queries.offset[row];
-                store(at + 16 * i, load(at + 16 * i) + queries.unit[row] * __builtin_convertvector(sum, Floats));
-            });
+            for (int tile = 0; tile < key_tiles; ++tile)
+                for (int low = 0; low < 2; ++low)
+                    turn(quads + low * kLanes * width + 64 * tile, width, [&](int c) KV_LAMBDA {
+                        return queries + ((first / kLanes * key_tiles + tile) * 2 + low) * kTileBytes + 64 * c;
+                    });
+            const Floats scale = load(inverse) * (1 / kFactor);
+            for (int f = 0; f < 2 * pairs; ++f) store(to + f * kLanes, load(to + f * kLanes) * scale);
         }
     }
 
-    // Probabilities as tiles read them, in place: four tokens of a row's high or low bytes become a column.
-    static void turn_probabilities(int16_t* probability, int rows, int tiles) {
-        for (int first = 0; first < rows; first += kTileRows)
-            for (int tile = 0; tile < tiles; ++tile) {
-                char* at = reinterpret_cast<char*>(probability + first * kSplit) + tile * kTile;
-                rows - first > kTileRows / 2 ? turn_tile<4>(at) : turn_tile<2>(at);
-            }
+    // Sixteen rows of `count` numbers become `count` rows of sixteen.
+    static void turn_floats(const float* rows, int64_t stride, int count, float* out) {
+        float spare[kLanes];
+        for (int from = 0; from < count; from += kLanes)
+            turn(rows + from, stride * 4,
+                 [&](int c) KV_LAMBDA { return from + c < count ? out + (from + c) * kLanes : spare; });
     }
 
-    // 16 x 16 numbers of 32 bits whose rows lie kSplit bytes apart; with N = 2 only the first eight rows matter.
-    template <int N>
-    static KV_INLINE void turn_tile(char* at) {
-        __m512i x[N][4];
-        each<N>([&](auto n) KV_LAMBDA {
-            __m512i a[4], b[4];
-            each<4>([&](auto i) KV_LAMBDA { a[i] = load_bytes(at + (4 * n + i) * kSplit); });
-            b[0] = _mm512_unpacklo_epi32(a[0], a[1]);
-            b[1] = _mm512_unpackhi_epi32(a[0], a[1]);
-            b[2] = _mm512_unpacklo_epi32(a[2], a[3]);
-            b[3] = _mm512_unpackhi_epi32(a[2], a[3]);
-            x[n][0] = _mm512_unpacklo_epi64(b[0], b[2]);
-            x[n][1] = _mm512_unpackhi_epi64(b[0], b[2]);
-            x[n][2] = _mm512_unpacklo_epi64(b[1], b[3]);
-            x[n][3] = _mm512_unpackhi_epi64(b[1], b[3]);
-        });
-        // x[n][i]: lane l holds columns 4 n.. of row 4 l + i.
-        const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
-                      high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-        each<4>([&](auto i) KV_LAMBDA {
-            __m512i halves[N / 2][2];
-            each<N / 2>([&](auto n) KV_LAMBDA {
-                halves[n][0] = _mm512_permutex2var_epi64(x[2 * n][i], low, x[2 * n + 1][i]);
-                halves[n][1] = _mm512_permutex2var_epi64(x[2 * n][i], high, x[2 * n + 1][i]);
-            });
-            each<4>([&](auto l) KV_LAMBDA {
-                each<N / 2>([&](auto n) KV_LAMBDA {
-                    const __m512i pair = halves[n][l / 2];
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + (4 * l + i) * kSplit + 32 * n),
-                                        l % 2 ? _mm512_extracti64x4_epi64(pair, 1) : _mm512_castsi512_si256(pair));
-                });
-            });
-        });
-    }
-
-    static void sum_values(const Half& half, const Tiles& tiles, int16_t* probability, int rows, int16_t* values,
-                           int32_t* sums, int64_t stride) {
-        if (rows <= kFewRows) return Avx512::sum_values(half, tiles, probability, rows, values, sums, stride);
-        shape(16);
-        turn_probabilities(probability, rows, tiles.count);
-        int8_t* unpacked = reinterpret_cast<int8_t*>(values);
-        for (int r = 0; r < half.latents; r += kLatents) {
-            const int latents = least(kLatents, half.latents - r);
-            if (rows <= kTileRows)
-                sum_few(half, r / 8, latents, tiles, probability, rows, unpacked, sums + r, stride);
+    // No factor of a row is larger: those of slow pairs are added up.
+    static Floats reach(const Rotary* rotary, const float* rows) {
+        Floats slow{}, fast{};
+        for (int f = 0; rotary && f < rotary->pairs; ++f) {
+            const Floats p = load(rows + f * kLanes), s = load(rows + (rotary->pairs + f) * kLanes);
+            const Floats size = _mm512_sqrt_ps(p * p + s * s);
+            if (f < rotary->series.fast)
+                fast = larger(fast, size);
             else
-                sum_many(half, r / 8, latents, tiles, probability, rows, unpacked, sums + r, stride);
+                slow += size * slow_pair(rotary->series, f)[kDegree + 1];
+        }
+        return larger(fast, slow);
+    }
+
+    static const float* slow_pair(const Series& series, int pair) {
+        return series.slow + (pair - series.fast) * (kDegree + 2);
+    }
+
+    // --- the stored context ------------------------------------------------------------------------------------------
+
+    // Splits `first` to `last`: top, weight and latents of every row, into `partial` [rows, partial_size].
+    template <class A>
+    void attend(const A& a, const Block& b, int first, int last, float* partial) {
+        for (float& x : top) x = kNever;
+        std::memset(weight, 0, sizeof weight);
+        std::memset(sums, 0, kGroups * value_pairs * 32 * kLanes * sizeof(float));
+        for (int split = first; split < last; ++split) attend_split(a, b, split, a.tiles_in(b, split));
+        for (int row = 0; row < b.rows; ++row) {
+            partial[row * a.partial_size] = top[row];
+            partial[row * a.partial_size + 1] = weight[row];
+        }
+        float spare[kLanes];
+        for (int group = 0; group < ceil_div(b.rows, kLanes); ++group)
+            for (int tile = 0; tile < ceil_div(a.layer.value[b.head].latents, 16); ++tile)
+                turn(sums_of(group, tile), 64, [&](int lane) KV_LAMBDA {
+                    const int row = group * kLanes + lane;
+                    return row < b.rows ? partial + row * a.partial_size + 2 + 16 * tile : spare;
+                });
+    }
+
+    template <class A>
+    void attend_split(const A& a, const Block& b, int split, int tiles) {
+        const Half &key = a.layer.key[b.head], &value = a.layer.value[b.head];
+        const int groups = static_cast<int>(ceil_div(b.rows, kLanes));
+        const int64_t base = static_cast<int64_t>(split) * kSplit;
+        if (key.group_count) unpack_keys(key, a.tiles_of(b, true, split, tiles));
+        if (value.group_count)
+            Amx::unpack_values(value, 0, value.group_count, a.tiles_of(b, false, split, tiles), 0, tiles, values,
+                               kValueRow);
+        for (int segment = 0; factor_tiles && segment * kSegment < tiles * kTile; ++segment)
+            for (int group = 0; group < groups; ++group)
+                turn_series(base / kSegment + segment, group, factors_of(segment, group), constants_of(segment, group));
+        run(pieces_of(base, groups), tiles);
+    }
+
+    // Token by token, from quads of latents.
+    void unpack_keys(const Half& half, const Tiles& tiles) {
+        for (int tile = 0; tile < tiles.count; ++tile) {
+            Amx::unpack_keys<false>(half, tiles, tile, 1, quads, 0);
+            for (int part = 0; part < ceil_div(half.latents, 64); ++part)
+                for (int j = 0; j < 4; ++j)
+                    turn(quads + part * 64 * kTile + 64 * j, 256, [&](int c) KV_LAMBDA {
+                        return keys + (part * kSplit + tile * kTile + c / 4 * 16 + 4 * j + c % 4) * 64;
+                    });
         }
     }
 
-    // Up to eight rows: a tile is unpacked while the one before is multiplied, four times 16 latents by all rows.
-    static void sum_few(const Half& half, int group, int latents, const Tiles& tiles, const int16_t* probability,
-                        int rows, int8_t* values, int32_t* sums, int64_t stride) {
-        constexpr int kRow = 2 * kTile;
+    // The rows' series around a segment's centre, as the factors of its cosines, sines and polynomials. What is constant
+    // there is what sums of low bytes begin with.
+    void turn_series(int64_t segment, int group, int8_t* out, int32_t* constants) {
+        const float *centre = tables->centres + segment * 2 * pairs, *row = series + group * pairs * 2 * kLanes;
+        Ints whole[kMaxDim + kDegree + 2];
+        Floats polynomials[kDegree + 1] = {};
+        for (int f = 0; f < pairs; ++f, centre += 2, row += kLanes) {
+            const Floats p = load(row), s = load(row + pairs * kLanes);
+            const Floats turned[] = {p * centre[0] + s * centre[1], s * centre[0] - p * centre[1]};
+            if (f < tables->fast)
+                each<2>([&](auto i) KV_LAMBDA { whole[2 * f + i] = rounded(turned[i]); });
+            else
+                each<kDegree + 1>([&](auto degree) KV_LAMBDA {
+                    polynomials[degree] += slow_pair(*tables, f)[degree] * turned[degree % 2];
+                });
+        }
+        if (tables->fast < pairs)
+            each<kDegree>([&](auto i) KV_LAMBDA { whole[2 * tables->fast + i] = rounded(polynomials[i + 1]); });
+        store(constants, rounded(polynomials[0] * kFactor));
+        whole[tables->used] = whole[tables->used + 1] = Ints{};
+        for (int i = 0; i < tables->used; i += 4) {
+            int8_t* at = out + i / 64 * 2 * kTileBytes + i % 64 / 4 * 64;
+            split_bytes(whole + i, at, at + kTileBytes);
+        }
+    }
+
+    // Groups of which some row reads a split.
+    int pieces_of(int64_t base, int groups) {
+        int count = 0;
+        for (int group = 0; group < groups; ++group) {
+            Piece& piece = pieces[count];
+            piece.group = group;
+            // Position 0 is not here (`Attention::start`).
+            piece.first = base == 0;
+            const Ints until = load<Ints>(stored + group * kLanes) - static_cast<int32_t>(base);
+            const auto after = [&](int token) {
+                return _mm512_cmpgt_epi32_mask((__m512i)until, _mm512_set1_epi32(token));
+            };
+            store(piece.until, until);
+            piece.whole = !piece.first && after(kSplit - 1) == 0xFFFF;
+            count += after(piece.first) != 0;
+        }
+        return count;
+    }
+
+    // While a piece is softened, the next one's keys and the last one's values are multiplied: the unit never sleeps.
+    void run(int count, int tiles) {
+        const int steps = tiles * kTile / kStep;
+        for (int i = -1; i <= count; ++i) {
+            Piece* next = i + 1 < count ? pieces + i + 1 : nullptr;
+            Piece* now = i >= 0 && i < count ? pieces + i : nullptr;
+            const Piece* last = i > 0 ? pieces + i - 1 : nullptr;
+            const int slot = i & 1, other = 1 - slot;
+            if (now) level(*now);
+            Ints largest = Ints{} + kUnread, total{};
+            for (int step = 0; step < steps; ++step) {
+                const int first = value_pairs * step / steps, until = value_pairs * (step + 1) / steps;
+                if (next) multiply_keys(*next, step * kStep, products[step % 2]);
+                for (int pair = first; last && pair < until; ++pair)
+                    multiply_values(*last, other, pair, tiles, products[2 + pair - first]);
+                if (now) total += soften(*now, slot, step * kStep);
+                if (next) largest = larger(largest, join(*next, other, step * kStep, products[step % 2]));
+                for (int pair = first; last && pair < until; ++pair)
+                    add_values(*last, pair, products[2 + pair - first]);
+            }
+            if (next) store(next->largest, largest);
+            if (now) weigh(*now, total);
+        }
+    }
+
+    // Brings a group to the maximum of what it has read and a piece.
+    void level(Piece& piece) {
+        const int row = piece.group * kLanes;
+        const Ints largest = load<Ints>(piece.largest);
+        const Floats units = load(unit + row), here = units * __builtin_convertvector(largest, Floats);
+        store(piece.units, units * -2048.0f);
+        const Ints read = largest != kUnread;
+        store(piece.shift, read ? here * 2048.0f : splat(65535));
+        const Floats found = read ? here + load(constant + row) : splat(kNever);
+        const Floats old = load(top + row), all = larger(old, found);
+        store(top + row, all);
+        store(piece.kept, exp2_below(old - all));
+        store(piece.share, exp2_below(found - all) * (1 / 32768.0f));
+    }
+
+    void weigh(const Piece& piece, Ints total) {
+        float* at = weight + piece.group * kLanes;
+        store(at, load(at) * load(piece.kept) + __builtin_convertvector(total, Floats) * load(piece.share));
+    }
+
+    KV_INLINE void multiply_keys(const Piece& piece, int token, Products& found) {
+        _tile_zero(0);
+        _tile_zero(1);
+        // One line, sixteen times.
+        _tile_loadd(2, constants_of(token / kSegment, piece.group), 0);
+        _tile_loadd(3, constants_of(token / kSegment, piece.group), 0);
+        add_keys(keys + token * 64, queries + piece.group * key_tiles * 2 * kTileBytes);
+        if (factor_tiles) {
+            const int64_t at = token % kSegment * tables->columns;
+            add_series(tables->high + at, tables->low + at, tables->columns, factors_of(token / kSegment, piece.group));
+        }
+        keep(found);
+    }
+
+    // High bytes add up in tile registers 0 and 1, sixteen tokens each, low ones in 2 and 3.
+    KV_INLINE void add_keys(const int8_t* key, const int8_t* query) {
+        for (int tile = 0; tile < key_tiles; ++tile, key += kSplit * 64, query += 2 * kTileBytes) {
+            _tile_loadd(4, key, 64);
+            _tile_loadd(6, query, 64);
+            _tile_dpbssd(0, 4, 6);
+            _tile_loadd(5, key + kTileBytes, 64);
+            _tile_dpbssd(1, 5, 6);
+            _tile_loadd(7, query + kTileBytes, 64);
+            _tile_dpbssd(2, 4, 7);
+            _tile_dpbssd(3, 5, 7);
+        }
+    }
+
+    KV_INLINE void add_series(const int8_t* high, const int8_t* low, int64_t columns, const int8_t* factor) {
+        for (int tile = 0; tile < factor_tiles; ++tile, high += 64, low += 64, factor += 2 * kTileBytes) {
+            _tile_loadd(4, high, columns);
+            _tile_loadd(6, factor, 64);
+            _tile_dpbssd(0, 4, 6);
+            _tile_loadd(5, high + 16 * columns, columns);
+            _tile_dpbssd(1, 5, 6);
+            _tile_loadd(7, factor + kTileBytes, 64);
+            _tile_dpbssd(2, 4, 7);
+            _tile_dpbssd(3, 5, 7);
+            _tile_loadd(4, low, columns);
+            _tile_dpbssd(2, 4, 6);
+            _tile_loadd(5, low + 16 * columns, columns);
+            _tile_dpbssd(3, 5, 6);
+        }
+    }
+
+    // Whole scores of some tokens; returns each row's largest.
+    KV_INLINE Ints join(const Piece& piece, int slot, int token, const Products& found) {
+        return piece.whole ? join<false>(piece, slot, token, found) : join<true>(piece, slot, token, found);
+    }
+
+    template <bool kMasked>
+    KV_INLINE Ints join(const Piece& piece, int slot, int token, const Products& found) {
+        Ints largest[4];
+        each<4>([&](auto i) KV_LAMBDA { largest[i] = Ints{} + kUnread; });
+        int32_t* out = scores + (slot * kSplit + token) * kLanes;
+        for (int t = 0; t < kStep; t += 4)
+            each<4>([&](auto i) KV_LAMBDA {
+                Ints score = (load<Ints>(found.high[t + i]) << 8) + load<Ints>(found.low[t + i]);
+                if constexpr (kMasked) {
+                    const Ints at = Ints{} + (token + t + i);
+                    score = (at >= piece.first) & (at < load<Ints>(piece.until)) ? score : Ints{} + kUnread;
+                }
+                largest[i] = larger(largest[i], score);
+                store(out + (t + i) * kLanes, score);
+            });
+        return larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
+    }
+
+    // From scores to 15-bit probabilities relative to the piece's largest; returns their sums.
+    KV_INLINE Ints soften(const Piece& piece, int slot, int token) {
+        return piece.whole ? soften<false>(piece, slot, token) : soften<true>(piece, slot, token);
+    }
+
+    template <bool kMasked>
+    KV_INLINE Ints soften(const Piece& piece, int slot, int token) {
+        const Floats units = load(piece.units), shift = load(piece.shift);
+        const int32_t* score = scores + (slot * kSplit + token) * kLanes;
+        uint8_t* out = probabilities + (slot * kSplit + token) / 64 * 2 * kTileBytes + token % 64 / 4 * 64;
+        const __m512i ones = _mm512_set1_epi8(1);
+        __m512i high = _mm512_setzero_si512(), low = high;
+        for (int t = 0; t < kStep; t += 4, out += 64) {
+            Ints below[4];
+            each<4>([&](auto i) KV_LAMBDA {
+                const Ints whole = load<Ints>(score + (t + i) * kLanes);
+                below[i] = rounded(__builtin_convertvector(whole, Floats) * units + shift);
+                if constexpr (kMasked) below[i] = whole != kUnread ? below[i] : Ints{} + 0xFFFF;
+            });
+            const __m512i first = exp2_of(_mm512_packus_epi32((__m512i)below[0], (__m512i)below[1])),
+                          second = exp2_of(_mm512_packus_epi32((__m512i)below[2], (__m512i)below[3]));
+            const __m512i bytes = _mm512_set1_epi16(255);
+            const __m512i h = by_row(_mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8)));
+            const __m512i l =
+                by_row(_mm512_packus_epi16(_mm512_and_si512(first, bytes), _mm512_and_si512(second, bytes)));
+            _mm512_store_si512(out, h);
+            _mm512_store_si512(out + kTileBytes, l);
+            dot(high, h, ones);
+            dot(low, l, ones);
+        }
+        return ((Ints)high << 8) + (Ints)low;
+    }
+
+    // Bytes of four rows by four tokens in every quarter, the other way around.
+    static KV_INLINE __m512i by_row(__m512i x) {
+        return _mm512_shuffle_epi8(x, _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400));
+    }
+
+    // 2^15 times 2^(-y / 2048), rounded: a chord between the powers of 2^(1/32), shifted by the whole part of y / 2048.
+    static KV_INLINE __m512i exp2_of(__m512i y) {
+        const __m512i index = _mm512_srli_epi16(y, 6);
+        const __m512i start = _mm512_permutexvar_epi16(index, load_bytes(kPowers.start)),
+                      slope = _mm512_permutexvar_epi16(index, load_bytes(kPowers.slope));
+        const __m512i power = _mm512_sub_epi16(start, _mm512_mulhi_epu16(slope, _mm512_slli_epi16(y, 10)));
+        return _mm512_avg_epu16(_mm512_srlv_epi16(power, _mm512_srli_epi16(y, 11)), _mm512_setzero_si512());
+    }
+
+    // Two times sixteen latents; sums lie as those of scores do.
+    KV_INLINE void multiply_values(const Piece& piece, int slot, int pair, int tiles, Products& found) {
+        const int8_t* value = values + pair * 32 * kValueRow;
+        const uint8_t* probability = probabilities + slot * kSplit / 64 * 2 * kTileBytes;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        unpack_values(half, group, latents / 8, tiles, 0, 1, values, kRow);
-        for (int tile = 0; tile < tiles.count; ++tile) {
-            if (tile + 1 < tiles.count)
-                unpack_values(half, group, latents / 8, tiles, tile + 1, 1, values + (tile + 1) % 2 * kTile, kRow);
-            const int8_t* v = values + tile % 2 * kTile;
-            _tile_loadd(4, reinterpret_cast<const int8_t*>(probability) + tile * kTile, kSplit);
-            _tile_loadd(6, v, kRow);
-            _tile_dpbsud(0, 6, 4);
-            _tile_loadd(7, v + 16 * kRow, kRow);
-            _tile_dpbsud(1, 7, 4);
-            _tile_loadd(6, v + 32 * kRow, kRow);
-            _tile_dpbsud(2, 6, 4);
-            _tile_loadd(7, v + 48 * kRow, kRow);
-            _tile_dpbsud(3, 7, 4);
+        for (int t = 0; t < tiles; ++t, value += 64, probability += 2 * kTileBytes) {
+            _tile_loadd(4, value, kValueRow);
+            _tile_loadd(6, probability, 64);
+            _tile_dpbsud(0, 4, 6);
+            _tile_loadd(5, value + 16 * kValueRow, kValueRow);
+            _tile_dpbsud(1, 5, 6);
+            _tile_loadd(7, probability + kTileBytes, 64);
+            _tile_dpbsud(2, 4, 7);
+            _tile_dpbsud(3, 5, 7);
         }
-        Sums found;
-        found.take();
-        for (int part = 0; part < ceil_div(latents, 16); ++part)
-            add_up(found.tiles[part], rows, sums + 16 * part, stride);
+        keep(found);
     }
 
-    // Many rows: all tiles are unpacked, then multiplied in squares of 32 latents by sixteen rows.
-    static void sum_many(const Half& half, int group, int latents, const Tiles& tiles, const int16_t* probability,
-                         int rows, int8_t* values, int32_t* sums, int64_t stride) {
-        unpack_values(half, group, latents / 8, tiles, 0, tiles.count, values, kSplit);
-        for (int r = 0; r < latents; r += 32)
-            for (int row = 0; row < rows; row += 2 * kTileRows) {
-                const int8_t* v = values + r * kSplit;
-                const int8_t* p = reinterpret_cast<const int8_t*>(probability + row * kSplit);
-                _tile_zero(0);
-                _tile_zero(1);
-                _tile_zero(2);
-                _tile_zero(3);
-                for (int t = 0; t < tiles.count * kTile; t += kTile) {
-                    _tile_loadd(4, p + t, kSplit);
-                    _tile_loadd(6, v + t, kSplit);
-                    _tile_dpbsud(0, 6, 4);
-                    _tile_loadd(7, v + 16 * kSplit + t, kSplit);
-                    _tile_dpbsud(1, 7, 4);
-                    _tile_loadd(5, p + 16 * kSplit + t, kSplit);
-                    _tile_dpbsud(2, 6, 5);
-                    _tile_dpbsud(3, 7, 5);
-                }
-                Sums found;
-                found.take();
-                for (int i = 0; i < 4; ++i) {
-                    const int part = r + 16 * (i % 2), first = row + i / 2 * kTileRows;
-                    if (part < latents && first < rows)
-                        add_up(found.tiles[i], least(rows - first, kTileRows), sums + first * stride + part, stride);
-                }
-            }
+    static KV_INLINE void keep(Products& found) {
+        _tile_stored(0, found.high[0], 64);
+        _tile_stored(1, found.high[16], 64);
+        _tile_stored(2, found.low[0], 64);
+        _tile_stored(3, found.low[16], 64);
     }
 
-    // What the first four tile registers hold.
-    struct Sums {
-        alignas(64) int32_t tiles[4][16][16];
-
-        KV_INLINE void take() {
-            _tile_stored(0, tiles[0], 64);
-            _tile_stored(1, tiles[1], 64);
-            _tile_stored(2, tiles[2], 64);
-            _tile_stored(3, tiles[3], 64);
-        }
-    };
-
-    // [16 latents, high and low bytes of rows] as whole numbers of [rows, 16 latents].
-    static KV_INLINE void add_up(int32_t (*found)[16], int rows, int32_t* sums, int64_t stride) {
-        const __m512i latent =
-            _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
-        for (int row = 0; row < rows; ++row) {
-            const Ints high = (Ints)_mm512_i32gather_epi32(latent, &found[0][2 * row], 4);
-            const Ints low = (Ints)_mm512_i32gather_epi32(latent, &found[0][2 * row + 1], 4);
-            store(sums + row * stride, (high << 8) + low);
+    KV_INLINE void add_values(const Piece& piece, int pair, const Products& found) {
+        const Floats kept = load(piece.kept), share = load(piece.share);
+        float* out = sums_of(piece.group, 2 * pair);
+        for (int r = 0; r < 32; ++r, out += kLanes) {
+            const Ints sum = (load<Ints>(found.high[r]) << 8) + load<Ints>(found.low[r]);
+            store(out, load(out) * kept + __builtin_convertvector(sum, Floats) * share);
         }
     }
 };

@@ -1,9 +1,12 @@
 // Attention, but for what differs between instruction sets: `Isa` unpacks codes and multiplies integers.
 //
 // Nothing that a row computes depends on the rows beside it, on threads, or on how its sequence was cut into steps: tiles
-// and splits lie at absolute positions and are added up in order, so answers are the same to the last bit.
+// and splits lie at absolute positions and are added up in order, so answers are the same to the last bit. But for one
+// thing: where an `Isa` has a way of its own for many rows, whether a row is one of many.
 //
 // An `Isa` has:
+//     kRows              query rows that share what is unpacked
+//     kFewRows, Prompt   more rows than these attend to a split in its own way; `Nobody` where there is none
 //     kQuads             the order of a tile's tokens in scores: false as they are, true with its 4 x 4 quads transposed
 //     Session            what a thread holds while it attends
 //     pack_query         16-bit numbers of a row, as its score_latents reads them; 2 bytes each
@@ -69,16 +72,17 @@ struct Block {
     int64_t partials;  // where this block's partial results lie
 };
 
-// Everything a thread needs for a block. M = kRows.
+// Everything a thread needs for a block of at most M rows.
+template <int M>
 struct Workspace {
     float *query, *absorbed, *pairs, *turned, *scores, *partial, *state, *exact_keys, *exact_values, *first_key,
         *first_value;
     int16_t *quantised, *probability, *unpacked;
     int32_t* sums;
     uint8_t* tiles;
-    float unit[kRows], constant[kRows], top[kRows], weight[kRows];
-    int32_t offset[kRows];
-    int64_t stored[kRows], begin[kRows], last[kRows];  // stored positions end, exact ones begin and end
+    float unit[M], constant[M], top[M], weight[M];
+    int32_t offset[M];
+    int64_t stored[M], begin[M], last[M];  // stored positions end, exact ones begin and end
 };
 
 // A row's softmax so far, relative to 2^top: weights, then latents [R], then exact values [D].
@@ -87,11 +91,25 @@ struct State {
     float* latents() { return reinterpret_cast<float*>(this + 1); }
 };
 
+template <class T>
+void place(char*& at, T*& where, int64_t count) {
+    where = reinterpret_cast<T*>(at);
+    at += round_up(count * sizeof(T), 64);
+}
+
+struct Nobody {
+    template <class A>
+    void lay_out(char*&, const A&) {}
+};
+
 template <class Isa>
 struct Attention {
+    static constexpr int kRows = Isa::kRows, kFewRows = Isa::kFewRows;
+
     const Step& step;
     const Layer& layer;
-    Workspace w;
+    Workspace<kRows> w;
+    typename Isa::Prompt prompt;
     const Block* next = nullptr;
     int dim, pairs, key_latents, value_latents, state_size, partial_size;
 
@@ -112,29 +130,24 @@ struct Attention {
         lay_out(at, planes);
     }
 
-    template <class T>
-    static void place(char*& at, T*& where, int64_t count) {
-        where = reinterpret_cast<T*>(at);
-        at += round_up(count * sizeof(T), 64);
-    }
-
     void lay_out(char*& at, int64_t planes) {
         place(at, w.query, kRows * round_up(dim, 16));
         place(at, w.absorbed, kRows * round_up(key_latents, 16));
         place(at, w.pairs, kRows * 2 * pairs);
         place(at, w.turned, kSplitTiles * 2 * (pairs + kTerms));
-        place(at, w.scores, kRows * kSplit);
+        place(at, w.scores, kFewRows * kSplit);
         place(at, w.partial, kRows * partial_size);
         place(at, w.state, kRows * state_size);
         place(at, w.exact_keys, kTile * round_up(dim, 16));
         place(at, w.exact_values, kTile * round_up(dim, 16));
         place(at, w.first_key, round_up(key_latents, 16));
         place(at, w.first_value, round_up(value_latents, 16));
-        place(at, w.quantised, kRows * round_up(key_latents, 64));
-        place(at, w.probability, kRows * kSplit);
+        place(at, w.quantised, kFewRows * round_up(key_latents, 64));
+        place(at, w.probability, kFewRows * kSplit);
         place(at, w.unpacked, most(Isa::key_places(key_latents), Isa::value_places(value_latents)));
-        place(at, w.sums, kRows * round_up(value_latents, 64));
+        place(at, w.sums, kFewRows * round_up(value_latents, 64));
         place(at, w.tiles, kSplit * planes);
+        prompt.lay_out(at, *this);
     }
 
     static int64_t plane_count(const Half& half) {
@@ -168,6 +181,8 @@ struct Attention {
         combine({w.query, round_up(dim, 16), dim, half.synthesis, half.latents, half.latents, w.absorbed,
                  round_up(key_latents, 16)},
                 b.rows);
+        if constexpr (kRows > kFewRows)
+            if (b.rows > kFewRows) return prompt.prepare(*this, b);
         for (int row = 0; row < b.rows; ++row) quantise(half, row);
     }
 
@@ -179,15 +194,14 @@ struct Attention {
         for (int r = 0; r < half.latents; r += 16)
             sizes = larger(sizes, larger(load(absorbed + r), -load(absorbed + r)));
         const float size = largest(sizes);
-        // 127 * 256 + 127: what two signed bytes hold.
-        const float inverse = size > 0 ? 32639 / size : 0;
+        const float inverse = size > 0 ? kWhole / size : 0;
         int16_t rounded[kMaxDim];
         int32_t total = 0;
         for (int r = 0; r < half.latents; ++r) {
             rounded[r] = static_cast<int16_t>(__builtin_rintf(absorbed[r] * inverse));
             total += rounded[r];
         }
-        w.unit[row] = size / 32639;
+        w.unit[row] = size / kWhole;
         w.offset[row] = Isa::kKeyOffset * total;
         const int64_t stride = round_up(key_latents, 64);
         Isa::pack_query(rounded, half.latents, stride, w.quantised + row * stride);
@@ -291,15 +305,20 @@ struct Attention {
         return found;
     }
 
-    // One split of 512 positions: top, weight and latents of every row, into `partial` [rows, partial_size].
-    void attend_split(const Block& b, int split, float* partial) {
-        const int64_t base = static_cast<int64_t>(split) * kSplit;
+    // Tiles of a split that some row reads.
+    int tiles_in(const Block& b, int split) const {
         int64_t end = 0;
         for (int row = 0; row < b.rows; ++row) end = most(end, w.stored[row]);
-        const int tiles = least<int64_t>(kSplitTiles, ceil_div(end - base, kTile));
+        return static_cast<int>(
+            least<int64_t>(kSplitTiles, ceil_div(end - static_cast<int64_t>(split) * kSplit, kTile)));
+    }
+
+    // One split of 512 positions: top, weight and latents of every row, into `partial` [rows, partial_size].
+    void attend_split(const Block& b, int split, float* partial) {
+        const int tiles = tiles_in(b, split);
         score_means(b, split, tiles);
         score_latents(b, split, tiles);
-        for (int row = 0; row < b.rows; ++row) soften(row, base, tiles);
+        for (int row = 0; row < b.rows; ++row) soften(row, static_cast<int64_t>(split) * kSplit, tiles);
         sum_values(b, split, tiles, partial);
     }
 
@@ -428,7 +447,7 @@ struct Attention {
                       __builtin_convertvector(load<Ints>(w.sums + row * stride + r), Floats) * (1 / 32767.0f));
     }
 
-    void merge_split(const Block& b, const float* partial) {
+    void merge(const Block& b, const float* partial) {
         const int latents = layer.value[b.head].latents;
         for (int row = 0; row < b.rows; ++row, partial += partial_size) {
             if (partial[1] == 0) continue;
@@ -557,8 +576,9 @@ struct Plan {
     int64_t partial_rows;  // in all blocks that several threads share
 };
 
-// A block that several threads share keeps one partial result a split and row; whoever finishes last merges them in order.
-inline Plan plan(const Step& step, Block* blocks, int& threads) {
+// A block that several threads share keeps one partial result of every row a split, or a range of splits where an `Isa` has
+// its own way; whoever finishes last merges them in order.
+inline Plan plan(const Step& step, int most_rows, Block* blocks, int& threads) {
     Plan made{blocks, 0, 0, 0, 0};
     int64_t splits = 0, work = 0;
     // Head by head, so that its matrices are at hand for the next sequence.
@@ -566,12 +586,12 @@ inline Plan plan(const Step& step, Block* blocks, int& threads) {
         for (int s = 0; s < step.sequences; ++s) {
             const int64_t queries = step.query_start[s + 1] - step.query_start[s], rows = queries * step.group;
             const int64_t context = step.seq_lens[s];
-            for (int64_t first = 0; first < rows; first += kRows) {
+            for (int64_t first = 0; first < rows; first += most_rows) {
                 Block b{};
                 b.sequence = s;
                 b.head = h;
                 b.first = static_cast<int>(first);
-                b.rows = static_cast<int>(least<int64_t>(kRows, rows - first));
+                b.rows = static_cast<int>(least<int64_t>(most_rows, rows - first));
                 b.query = step.query_start[s];
                 b.context = context;
                 b.queries = queries;
@@ -599,23 +619,27 @@ inline Plan plan(const Step& step, Block* blocks, int& threads) {
 template <class Isa>
 void run_task(Attention<Isa>& a, Block& b, int range, int64_t length, float* partials) {
     a.prepare(b);
-    const int64_t row = a.partial_size;
     const int first = static_cast<int>(range * length),
               last = static_cast<int>(least<int64_t>(b.splits, first + length));
-    if (b.ranges == 1) {
-        a.start(b);
-        for (int split = 0; split < b.splits; ++split) {
-            a.attend_split(b, split, a.w.partial);
-            a.merge_split(b, a.w.partial);
+    const bool shared = b.ranges > 1, many = b.rows > Isa::kFewRows;
+    const auto partial = [&](int part) {
+        return shared ? partials + (b.partials + part * b.rows) * a.partial_size : a.w.partial;
+    };
+    if (!shared) a.start(b);
+    if constexpr (Isa::kRows > Isa::kFewRows)
+        if (many) {
+            a.prompt.attend(a, b, first, last, partial(range));
+            if (!shared) a.merge(b, partial(range));
         }
-        a.finish(b);
-        return;
+    for (int split = first; !many && split < last; ++split) {
+        a.attend_split(b, split, partial(split));
+        if (!shared) a.merge(b, partial(split));
     }
-    for (int split = first; split < last; ++split)
-        a.attend_split(b, split, partials + (b.partials + split * b.rows) * row);
-    if (__atomic_sub_fetch(&b.pending, 1, __ATOMIC_ACQ_REL)) return;
-    a.start(b);
-    for (int split = 0; split < b.splits; ++split) a.merge_split(b, partials + (b.partials + split * b.rows) * row);
+    if (shared) {
+        if (__atomic_sub_fetch(&b.pending, 1, __ATOMIC_ACQ_REL)) return;
+        a.start(b);
+        for (int part = 0; part < (many ? b.ranges : b.splits); ++part) a.merge(b, partial(part));
+    }
     a.finish(b);
 }
 
@@ -623,11 +647,12 @@ template <class Isa>
 void attend(const Step& step) {
     int64_t capacity = 0;
     for (int s = 0; s < step.sequences; ++s)
-        capacity += step.layer->heads *
-                    ceil_div(static_cast<int64_t>(step.query_start[s + 1] - step.query_start[s]) * step.group, kRows);
+        capacity +=
+            step.layer->heads *
+            ceil_div(static_cast<int64_t>(step.query_start[s + 1] - step.query_start[s]) * step.group, Isa::kRows);
     Block* blocks = static_cast<Block*>(allocate(capacity * sizeof(Block)));
     int threads = step.threads;
-    const Plan made = plan(step, blocks, threads);
+    const Plan made = plan(step, Isa::kRows, blocks, threads);
     int partial_size = 0;
     for (int h = 0; h < step.layer->heads; ++h) partial_size = most(partial_size, step.layer->value[h].latents);
     float* partials =

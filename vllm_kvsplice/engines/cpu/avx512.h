@@ -75,9 +75,9 @@ struct Run {
     int first, count;
 };
 
-template <int W>
+template <int W, bool raised>
 void unpack_keys_of(const Group& group, const Run& run, int8_t* out, int64_t tile_bytes) {
-    const Levels<W> levels(group, true);
+    const Levels<W> levels(group, raised);
     for (int t = run.first; t < run.first + run.count; ++t, out += tile_bytes) {
         run.tiles.ask(t, run.plane, W);
         __m512i x[8];
@@ -172,6 +172,8 @@ void dot_values_of(const int8_t* values, const uint8_t* probability, int tiles, 
 }
 
 struct Avx512 {
+    static constexpr int kRows = 32, kFewRows = kRows;
+    using Prompt = Nobody;
     static constexpr bool kQuads = true;
     static constexpr int kKeyOffset = 128;
     // Tiles whose keys are unpacked at once.
@@ -205,12 +207,13 @@ struct Avx512 {
         _mm512_storeu_si512(at + kSplit, low);
     }
 
-    // The keys of some tiles, [4 latents][64 tokens][4] a tile.
+    // The keys of some tiles, [4 latents][64 tokens][4] a tile, tokens in quads (`kQuads`).
+    template <bool raised = true>
     static void unpack_keys(const Half& half, const Tiles& tiles, int first, int count, int8_t* out,
                             int64_t tile_bytes) {
-        static constexpr decltype(&unpack_keys_of<1>) by_width[] = {
-            unpack_keys_of<1>, unpack_keys_of<2>, unpack_keys_of<3>, unpack_keys_of<4>,
-            unpack_keys_of<5>, unpack_keys_of<6>, unpack_keys_of<7>, unpack_keys_of<8>};
+        static constexpr decltype(&unpack_keys_of<1, raised>) by_width[] = {
+            unpack_keys_of<1, raised>, unpack_keys_of<2, raised>, unpack_keys_of<3, raised>, unpack_keys_of<4, raised>,
+            unpack_keys_of<5, raised>, unpack_keys_of<6, raised>, unpack_keys_of<7, raised>, unpack_keys_of<8, raised>};
         for (int g = 0; g < half.group_count; ++g, out += 8 * kTile) {
             const Group& group = half.groups[g];
             by_width[group.width - 1](group, {tiles, group.plane - half.groups[0].plane, first, count}, out,

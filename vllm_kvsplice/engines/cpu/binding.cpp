@@ -34,12 +34,15 @@ struct Aligned {
     void deallocate(T* memory, size_t) { release(memory); }
     bool operator==(const Aligned&) const { return true; }
 };
-using Table = std::vector<float, Aligned<float>>;
+template <class T>
+using Numbers = std::vector<T, Aligned<T>>;
+using Table = Numbers<float>;
 
 // Tables of one rotation; they grow, and all layers that turn alike share them.
 struct RotaryTables {
     std::vector<float> inv_freq;
-    Table angles, centres, taylor, in_order, in_quads;
+    Table angles, centres, taylor, in_order, in_quads, segment_centres, slow;
+    Numbers<int8_t> high, low;
     Rotary view{};
 
     RotaryTables(std::vector<float> frequencies, bool interleaved) : inv_freq(std::move(frequencies)) {
@@ -60,6 +63,7 @@ struct RotaryTables {
             add_offset(in_order, s, 32 + s - (kTile - 1) / 2.0);
             add_offset(in_quads, s, quad_token - (kTile - 1) / 2.0);
         }
+        make_series();
         view.taylor = taylor.data();
         view.offsets_in_order = in_order.data();
         view.offsets_in_quads = in_quads.data();
@@ -77,6 +81,53 @@ struct RotaryTables {
             table[(view.fast + k) * 64 + place] = static_cast<float>(std::pow(offset / 32, 2 * k));
             table[(view.fast + k) * 64 + 32 + place] = static_cast<float>(std::pow(offset / 32, 2 * k + 1));
         }
+    }
+
+    // Of cos(a x), or of sin(a x) where `degree` is odd: its coefficient of the Chebyshev polynomial of that degree.
+    static float chebyshev(double a, int degree) {
+        constexpr int kPoints = 32;
+        double sum = 0;
+        for (int i = 0; i < kPoints; ++i) {
+            const double angle = M_PI * (i + 0.5) / kPoints, x = a * std::cos(angle);
+            sum += (degree % 2 ? std::sin(x) : std::cos(x)) * std::cos(degree * angle);
+        }
+        return static_cast<float>(sum * (degree ? 2 : 1) / kPoints);
+    }
+
+    void make_series() {
+        const int pairs = static_cast<int>(inv_freq.size());
+        const double centre = (kSegment - 1) / 2.0, half = kSegment / 2.0;
+        Series& series = view.series;
+        for (int f = 0; f < pairs; ++f)
+            if (std::abs(inv_freq[f]) * half >= kSlow) series.fast = f + 1;
+        series.used = 2 * series.fast + (series.fast < pairs ? kDegree : 0);
+        series.columns = (series.used + 63) / 64 * 64;
+        for (int f = series.fast; f < pairs; ++f) {
+            // Constants that are larger than all else would not fit 32 bits.
+            float largest = 1 / 64.0f;
+            for (int degree = 0; degree <= kDegree; ++degree) {
+                slow.push_back(chebyshev(half * inv_freq[f], degree));
+                if (degree) largest = std::max(largest, std::abs(slow.back()));
+            }
+            slow.push_back(largest);
+        }
+        high.resize(kSegment * series.columns);
+        low.resize(high.size());
+        for (int s = 0; s < kSegment; ++s)
+            for (int column = 0; column < series.used; ++column) {
+                const double offset = s - centre, angle = column < 2 * series.fast ? offset * inv_freq[column / 2] : 0,
+                             exact = column >= 2 * series.fast
+                                         ? std::cos((column - 2 * series.fast + 1) * std::acos(offset / half))
+                                     : column % 2 ? std::sin(angle)
+                                                  : std::cos(angle);
+                const int whole = static_cast<int>(std::lround(exact * kWhole));
+                const size_t at = s * series.columns + column;
+                low[at] = static_cast<int8_t>(whole);
+                high[at] = static_cast<int8_t>((whole - low[at]) >> 8);
+            }
+        series.slow = slow.data();
+        series.high = high.data();
+        series.low = low.data();
     }
 
     void reach_position(int64_t position) {
@@ -106,6 +157,15 @@ struct RotaryTables {
                     at[2 * kSplitTiles] = sine;
                 }
         view.centres = centres.data();
+        const int64_t segments = known * kSplit / kSegment;
+        segment_centres.resize(centres.size() / row * (kSplit / kSegment) * 2 * view.pairs);
+        for (int64_t i = segments; i * 2 * view.pairs < static_cast<int64_t>(segment_centres.size()); ++i)
+            for (int f = 0; f < view.pairs; ++f) {
+                const double angle = (i * kSegment + (kSegment - 1) / 2.0) * inv_freq[f];
+                segment_centres[(i * view.pairs + f) * 2] = static_cast<float>(std::cos(angle));
+                segment_centres[(i * view.pairs + f) * 2 + 1] = static_cast<float>(std::sin(angle));
+            }
+        view.series.centres = segment_centres.data();
     }
 };
 

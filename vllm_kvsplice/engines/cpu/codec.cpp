@@ -2,11 +2,23 @@
 #include "codec.h"
 
 #include <bit>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
 namespace kvsplice {
+
+Powers::Powers() {
+    for (int k = 0; k < 32; ++k) {
+        const double here = std::exp2(-k / 32.0) * 65535, there = std::exp2(-(k + 1) / 32.0) * 65535;
+        const double above = (here + there) / 2 - std::exp2(-(k + 0.5) / 32.0) * 65535;
+        start[k] = static_cast<uint16_t>(std::lround(here - above / 2));
+        slope[k] = static_cast<uint16_t>(std::lround(here - there));
+    }
+}
+
+const Powers kPowers;
 
 void* allocate(size_t bytes) {
     void* memory = std::aligned_alloc(64, (bytes + 64) / 64 * 64);

@@ -25,8 +25,6 @@ constexpr int kTile = 64;
 // 512: sums of 512 products of 15 and 8 bits still fit 32 bits.
 constexpr int kSplit = 512;
 constexpr int kSplitTiles = kSplit / kTile;
-// Query rows that share an unpacked tile.
-constexpr int kRows = 32;
 constexpr int kMaxDim = 256;
 constexpr float kNever = -1e30f;
 
@@ -60,6 +58,29 @@ struct Half {
 // and odd terms (within 1e-7), and all such pairs of a row add up to one.
 constexpr int kTerms = 4;
 
+// Where many rows share the work (`amx.cpp`), series go around the centres of this many tokens, and pairs that turn by less
+// than 2.6 radians from there to the end are Chebyshev polynomials up to this degree (within 1e-6).
+constexpr int kSegment = 256;
+constexpr int kDegree = 10;
+constexpr float kSlow = 2.6f;
+// The largest number that two signed bytes hold.
+constexpr int kWhole = 127 * 256 + 127;
+
+// Tables of one rotation for segments, in whole numbers.
+struct Series {
+    const float* centres;  // [segments, F, 2]: cosines and sines of the positions 256 k + 127.5
+    const float* slow;  // [F - fast, kDegree + 2]: coefficients of the polynomials of offset / 128, and their largest
+    const int8_t *high, *low;  // [kSegment, columns]: cosine and sine, then polynomials from degree 1, times kWhole
+    int fast, used, columns;   // columns that are used, and rounded up to 64
+};
+
+// 2^-x between multiples of 1/32, in 2^16ths: start - slope * (32 x - k), off by at most 3e-5 of itself.
+struct Powers {
+    alignas(64) uint16_t start[32], slope[32];
+    Powers();
+};
+extern const Powers kPowers;
+
 // Tables of one rotation, shared by all layers and grown as positions appear.
 struct Rotary {
     const float* angles;  // [positions, 2, F]: cosines, sines
@@ -70,6 +91,7 @@ struct Rotary {
     // other half are their mirror images. In the order in which the instruction set holds a tile's tokens: as they are, or
     // quads transposed.
     const float *offsets_in_order, *offsets_in_quads;
+    Series series;
     int pairs, fast;  // F
     bool interleaved;
 

@@ -64,6 +64,8 @@ KV_INLINE Bytes looked_up(const Group& group, Bytes codes) {
 }
 
 struct Wide {
+    static constexpr int kRows = 32, kFewRows = kRows;
+    using Prompt = Nobody;
     static constexpr bool kQuads = false;
     static constexpr int kKeyOffset = 0;
 
