@@ -1,7 +1,7 @@
 """The other order: values are warped, each dimension by a spline of its own, then transformed and coded, and warped back.
 
-A server cannot do this without rebuilding every value, because a sum of warped values is not a warped sum. It is here to be
-measured beside codes that put the spline last (docs/codec.md).
+A server cannot do this without rebuilding every value, because a sum of warped values is not a warped sum. The cache for
+transformers, which rebuilds them anyway, can: ``KVSpliceCache(first.artifact, config, value_warps=first.warps)``.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +16,7 @@ from calibration.fit.splines import MonotoneSpline
 from calibration.pipeline import Study
 from calibration.plan import plan_budget
 from calibration.statistics import KindStatistics
+from vllm_kvsplice.artifact import Artifact
 
 # Probabilities at the knots, and samples that they are estimated from.
 _KNOTS, _SAMPLES = torch.linspace(-3, 3, 17), 4096
@@ -67,6 +68,7 @@ def fit_warp(values: Tensor) -> Warp:
 class SplineFirst(KVSplice):
     """Ours with values warped before they are coded, by layer."""
 
+    artifact: Artifact
     warps: Mapping[int, Warp]
 
     def restore(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +85,8 @@ def spline_first(measured: Study, bits: float) -> SplineFirst:
     fit = FITS["pca"](statistics)
     artifact = measured.artifact_of(fit.codec(plan_budget(fit.distortion, measured.budget_for(bits))))
     name = "KVSplice, spline first"
-    return SplineFirst(f"{name} {bits:g} bits", name, artifact.codecs, dict(zip(measured.layers, warps, strict=True)))
+    by_layer = dict(zip(measured.layers, warps, strict=True))
+    return SplineFirst(f"{name} {bits:g} bits", name, artifact.codecs, artifact, by_layer)
 
 
 def _raw(kind: KindStatistics, row: int) -> Tensor:

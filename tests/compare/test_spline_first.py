@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from torch import Tensor
 
+from calibration.attention import Reading, tapped
 from calibration.compare.spline_first import fit_warp, spline_first
 from calibration.pipeline import Study, study
 from calibration.recipe import CalibrationConfig
+from tests.huggingface.agreement import agree
 from tests.models import TEXT, tiny_model
+from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.huggingface import KVSpliceCache
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +49,27 @@ def test_eight_bits_read_back_what_was_stored(measured: Study) -> None:
     error = (read - value).square().mean() / value.var()
     assert error < 0.01
     assert method.bits_per_element(64, 32) == pytest.approx(8)
+
+
+@torch.no_grad()
+def test_a_cache_reads_what_evaluation_reads(measured: Study) -> None:
+    method, model = spline_first(measured, 4), measured.model.float()
+    tokens = measured.windows[:2]
+
+    def tap(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = [method.restore(layer, k, v, torch.arange(k.shape[1])) for k, v in zip(key, value, strict=True)]
+        return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+
+    with tapped(model, tap, Reading(20)):
+        expected = model(tokens, use_cache=False).logits
+    cache = KVSpliceCache(method.artifact, model.config, 20, value_warps=method.warps)
+    pieces = [model(piece, past_key_values=cache).logits for piece in tokens.split([30, 1, tokens.shape[1] - 31], 1)]
+    assert agree(torch.cat(pieces, 1), expected)
+    unwarped = KVSpliceCache(method.artifact, model.config, 20)
+    assert not agree(model(tokens, past_key_values=unwarped).logits, expected)
+
+
+def test_pruning_and_warping_are_not_had_together(measured: Study) -> None:
+    method = spline_first(measured, 4)
+    with pytest.raises(KVSpliceError, match="leave one of them out"):
+        KVSpliceCache(method.artifact, measured.model.config, prune_values=8, value_warps=method.warps)

@@ -1,5 +1,6 @@
 """A cache of Hugging Face transformers that stores the codes of an artifact."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -7,11 +8,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
 from vllm_kvsplice.artifact import Artifact
-from vllm_kvsplice.codec import LayerCodec
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.hub import from_pretrained
 from vllm_kvsplice.huggingface.attention import ATTENTION
-from vllm_kvsplice.huggingface.layer import CompressedLayer
+from vllm_kvsplice.huggingface.layer import CompressedLayer, Warp, WarpedLayer
 from vllm_kvsplice.huggingface.pruning import PrunedLayer
 from vllm_kvsplice.serving.settings import DEFAULT_WINDOW, MAX_WINDOW
 
@@ -30,6 +30,8 @@ class KVSpliceCache(Cache):
             place of the others (`vllm_kvsplice.huggingface.pruning`). None keeps all.
         prune_first: judge tokens of a step by their keys as they are (prune, then compress) and not as stored (compress,
             then select).
+        value_warps: by layer, what values went through before the artifact was fitted to them
+            (`calibration.compare.spline_first`). None: nothing.
 
     Raises:
         ArtifactError: there is no such artifact, it is damaged, or it belongs to another model.
@@ -44,11 +46,14 @@ class KVSpliceCache(Cache):
         recent_window: int = DEFAULT_WINDOW,
         prune_values: int | None = None,
         prune_first: bool = False,
+        value_warps: Mapping[int, Warp] | None = None,
     ) -> None:
         if not 0 <= recent_window <= MAX_WINDOW:
             raise KVSpliceError(f"recent_window {recent_window} is not between 0 and {MAX_WINDOW}")
         if prune_values is not None and prune_values < 1:
             raise KVSpliceError(f"prune_values {prune_values} would keep no value at all; give at least 1, or None")
+        if prune_values is not None and value_warps is not None:
+            raise KVSpliceError("prune_values and value_warps cannot be had together; leave one of them out")
         loaded = from_pretrained(artifact)
         loaded.check_model(config)
         config = config.get_text_config(decoder=True)
@@ -57,7 +62,13 @@ class KVSpliceCache(Cache):
             raise KVSpliceError("layers of this model share their cache, which KVSplice does not support")
         leader: CompressedLayer | None = None
         for index, codec in loaded.codecs.items():
-            layer = _layer(codec, recent_window, leader, prune_values, prune_first)
+            layer: CompressedLayer
+            if prune_values is not None:
+                layer = PrunedLayer(codec, recent_window, leader, prune_values, prune_first)
+            elif value_warps is not None:
+                layer = WarpedLayer(codec, recent_window, leader, value_warps[index])
+            else:
+                layer = CompressedLayer(codec, recent_window, leader)
             leader, layers[index] = leader or layer, layer
         config._attn_implementation = ATTENTION
         super().__init__(layers=layers)
@@ -68,9 +79,3 @@ class KVSpliceCache(Cache):
         tensors = [held for layer in self.layers for held in vars(layer).values() if isinstance(held, Tensor)]
         storages = {held.untyped_storage().data_ptr(): held.untyped_storage().nbytes() for held in tensors}
         return sum(storages.values())
-
-
-def _layer(
-    codec: LayerCodec, recent: int, leader: CompressedLayer | None, k: int | None, first: bool
-) -> CompressedLayer:
-    return CompressedLayer(codec, recent, leader) if k is None else PrunedLayer(codec, recent, leader, k, first)

@@ -6,7 +6,7 @@ all of them alike (`_each`).
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ class CompressedLayer(CacheLayerMixin):
         """Code a step's tokens [batch, H, T, D], and keep them as they are for now."""
         batch, _, count, _ = step[0].shape
         positions = self._positions()[:, -count:]
-        key, value = (kind.transpose(1, 2).flatten(0, 1) for kind in step)
+        key, value = (kind.transpose(1, 2).flatten(0, 1) for kind in (step[0], self._to_code(step[1])))
         packed = self.codec.pack(self.codec.encode(key, value, positions.flatten()))
         self._append(packed.unflatten(0, (batch, count)))
         self.window = torch.cat((self.window, torch.stack(step, 1)), 3)
@@ -117,7 +117,15 @@ class CompressedLayer(CacheLayerMixin):
         """All tokens as stored, [batch, H, S, D] each."""
         codes = self.codec.unpack(self._packed().flatten(0, 1).T)
         key, value = self.codec.restore(codes, self._positions().flatten())
-        return self._by_head(key).to(dtype), self._by_head(value).to(dtype)
+        return self._by_head(key).to(dtype), self._from_code(self._by_head(value)).to(dtype)
+
+    def _to_code(self, value: Tensor) -> Tensor:
+        """What is coded of a step's values [batch, H, T, D]: they themselves."""
+        return value
+
+    def _from_code(self, value: Tensor) -> Tensor:
+        """Values of what the codec restores."""
+        return value
 
     def _by_head(self, tokens: Tensor) -> Tensor:
         """[batch, H, S, D] of [batch * S, H, D]."""
@@ -187,3 +195,30 @@ class CompressedLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._each(lambda held: held[indices])
+
+
+class Warp(Protocol):
+    """A monotone function of each dimension of values [H, T, D], and its inverse."""
+
+    def __call__(self, value: Tensor) -> Tensor: ...
+
+    def inverse(self, warped: Tensor) -> Tensor: ...
+
+
+class WarpedLayer(CompressedLayer):
+    """A layer whose codec was fitted to warped values (`calibration.compare.spline_first`)."""
+
+    def __init__(self, codec: LayerCodec, recent: int, leader: CompressedLayer | None, warp: Warp) -> None:
+        super().__init__(codec, recent, leader)
+        self.warp = warp
+
+    def _to_code(self, value: Tensor) -> Tensor:
+        return _by_row(self.warp, value)
+
+    def _from_code(self, value: Tensor) -> Tensor:
+        return _by_row(self.warp.inverse, value)
+
+
+def _by_row(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """`function` of [H, T, D] on every row of a batch [batch, H, T, D]."""
+    return function(value.transpose(0, 1).flatten(1, 2)).unflatten(1, (len(value), -1)).transpose(0, 1)
