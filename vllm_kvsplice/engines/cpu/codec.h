@@ -39,7 +39,8 @@ struct Group {
     alignas(64) int8_t levels[128];
     alignas(64) uint8_t raised[128];
     // Code by ceil(2 z) + 256, for z from -128 to 127.5: levels are whole, so thresholds are whole halves.
-    uint8_t codes[512];
+    // Three more, because four bytes are read at each.
+    uint8_t codes[512 + 3];
 };
 
 // The keys' or the values' codec of one KV head. Only groups and latents with bits are here.

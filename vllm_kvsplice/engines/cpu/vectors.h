@@ -16,7 +16,14 @@ namespace {
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
+// No longer than a register: the compiler would take longer ones apart number by number.
+#ifdef __AVX512F__
 typedef double Doubles __attribute__((vector_size(64)));
+#elif defined(__AVX2__)
+typedef double Doubles __attribute__((vector_size(32)));
+#else
+typedef double Doubles __attribute__((vector_size(16)));
+#endif
 typedef float HalfFloats __attribute__((vector_size(32)));
 
 #define KV_INLINE inline __attribute__((always_inline))
@@ -54,11 +61,13 @@ constexpr T most(T a, T b) {
 }
 
 // GCC 12 would convert quarters and join them.
-KV_INLINE Doubles widened(HalfFloats x) {
-#ifdef __AVX512F__
-    return (Doubles)_mm512_cvtps_pd((__m256)x);
+KV_INLINE Doubles widened(const float* x) {
+#if defined(__AVX512F__)
+    return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(x));
+#elif defined(__AVX2__)
+    return (Doubles)_mm256_cvtps_pd(_mm_loadu_ps(x));
 #else
-    return __builtin_convertvector(x, Doubles);
+    return Doubles{x[0], x[1]};
 #endif
 }
 

@@ -17,18 +17,27 @@ inline uint8_t* first_byte(const Writing& writing, int64_t token) {
 }
 
 // Nearest levels of a group's latents, a byte each. `scale`: of position 0's latents, where these are its.
-KV_INLINE uint64_t codes_of(const Group& group, Doubles latents, const float* scale) {
-    if (scale)
-        for (int i = 0; i < 8; ++i) latents[i] = scale[i] > 0 ? latents[i] / static_cast<double>(scale[i]) : 0;
-    float doubled[8];
-    store(doubled, 2 * __builtin_convertvector(latents, HalfFloats));
+KV_INLINE uint64_t codes_of(const Group& group, const double* latents, const float* scale) {
+    typedef int32_t HalfInts __attribute__((vector_size(32)));
+    HalfFloats doubled;
+    for (int i = 0; i < 8; ++i)
+        doubled[i] = 2 * static_cast<float>(!scale ? latents[i] : scale[i] > 0 ? latents[i] / scale[i] : 0);
+    // A latent that is no number gets the last code, as from the reference engine.
+    doubled = doubled <= 255.0f ? doubled : HalfFloats{} + 255.0f;
+    doubled = doubled >= -256.0f ? doubled : HalfFloats{} - 256.0f;
+    const HalfInts whole = __builtin_convertvector(doubled, HalfInts);
+    // Rounded up: true is -1.
+    const HalfInts place = whole - (__builtin_convertvector(whole, HalfFloats) < doubled) + 256;
+#ifdef __AVX2__
+    const __m256i found = _mm256_i32gather_epi32(reinterpret_cast<const int*>(group.codes), (__m256i)place, 1);
+    const __m256i bytes = _mm256_shuffle_epi8(found, _mm256_set1_epi32(0x0C080400));
+    return static_cast<uint32_t>(_mm256_extract_epi32(bytes, 0)) | static_cast<uint64_t>(_mm256_extract_epi32(bytes, 4))
+                                                                       << 32;
+#else
     uint64_t codes = 0;
-    for (int i = 0; i < 8; ++i) {
-        // A latent that is no number gets the last code, as from the reference engine.
-        const float place = doubled[i] <= 255 ? __builtin_ceilf(most(doubled[i], -256.0f)) : 255.0f;
-        codes |= static_cast<uint64_t>(group.codes[static_cast<int>(place) + 256]) << 8 * i;
-    }
+    for (int i = 0; i < 8; ++i) codes |= static_cast<uint64_t>(group.codes[place[i]]) << 8 * i;
     return codes;
+#endif
 }
 
 // The lowest `bits` bits of eight bytes, side by side.
@@ -43,15 +52,34 @@ KV_INLINE uint64_t fields(uint64_t bytes, int bits) {
 #endif
 }
 
-// A group's codes into a token's byte planes.
-KV_INLINE void scatter(uint64_t codes, const Group& group, uint8_t* byte, int64_t block) {
-    byte += group.plane * block;
-    int low = 0;
-    for (int bits = 8; bits; bits /= 2) {
-        if (group.width - low < bits) continue;
-        uint64_t packed = fields(codes >> low, bits);
-        for (int i = 0; i < bits; ++i, byte += block, packed >>= 8) *byte = static_cast<uint8_t>(packed);
-        low += bits;
+// A group's codes of W bits into a token's byte planes: those of the largest power of two in W, then of what is left.
+template <int W>
+KV_INLINE void scatter(uint64_t codes, uint8_t* byte, int64_t block) {
+    constexpr int bits = W >= 8 ? 8 : W >= 4 ? 4 : W >= 2 ? 2 : 1;
+    const uint64_t packed = fields(codes, bits);
+    each<bits>([&](auto i) KV_LAMBDA { byte[i * block] = static_cast<uint8_t>(packed >> 8 * i); });
+    if constexpr (W > bits) scatter<W - bits>(codes >> bits, byte + bits * block, block);
+}
+
+// A group's latents of up to four tokens of one head and kind.
+struct Latents {
+    const Writing& writing;
+    const Half& half;
+    int group;
+    const double (*sums)[8];  // of each token
+    const int64_t* tokens;
+    int count;
+};
+
+template <int W>
+void write_group(const Latents& latents) {
+    const Group& group = latents.half.groups[latents.group];
+    const int64_t block = latents.writing.pages.block;
+    for (int t = 0; t < latents.count; ++t) {
+        const bool sink = latents.writing.positions[latents.tokens[t]] == 0;
+        const uint64_t codes =
+            codes_of(group, latents.sums[t], sink ? latents.half.sink_scale + 8 * latents.group : nullptr);
+        scatter<W>(codes, first_byte(latents.writing, latents.tokens[t]) + group.plane * block, block);
     }
 }
 
@@ -59,20 +87,24 @@ KV_INLINE void scatter(uint64_t codes, const Group& group, uint8_t* byte, int64_
 template <int N>
 KV_INLINE void write_groups(const Writing& writing, const Half& half, int first, const double (*difference)[kMaxDim],
                             const int64_t* tokens, int count) {
-    Doubles sums[N][kTokens] = {};
+    static constexpr decltype(&write_group<1>) by_width[] = {write_group<1>, write_group<2>, write_group<3>,
+                                                             write_group<4>, write_group<5>, write_group<6>,
+                                                             write_group<7>, write_group<8>};
+    constexpr int kLanes = sizeof(Doubles) / sizeof(double), kParts = 8 / kLanes;
+    Doubles sums[N][kParts][kTokens] = {};
     for (int d = 0; d < writing.layer->dim; ++d)
-        each<N>([&](auto n) KV_LAMBDA {
-            const float* row = half.analysis + d * half.latents + 8 * (first + n);
-            const Doubles wide = widened(load<HalfFloats>(row));
-            each<kTokens>([&](auto t) KV_LAMBDA { sums[n][t] += wide * difference[t][d]; });
+        each<N * kParts>([&](auto i) KV_LAMBDA {
+            constexpr int n = i / kParts, part = i % kParts;
+            const Doubles wide = widened(half.analysis + d * half.latents + 8 * (first + n) + kLanes * part);
+            each<kTokens>([&](auto t) KV_LAMBDA { sums[n][part][t] += wide * difference[t][d]; });
         });
+    double latents[N][kTokens][8];
+    each<N * kParts * kTokens>([&](auto i) KV_LAMBDA {
+        constexpr int n = i / kTokens / kParts, part = i / kTokens % kParts, t = i % kTokens;
+        store(latents[n][t] + kLanes * part, sums[n][part][t]);
+    });
     for (int n = 0; n < N; ++n)
-        for (int t = 0; t < count; ++t) {
-            const Group& group = half.groups[first + n];
-            const bool sink = writing.positions[tokens[t]] == 0;
-            const uint64_t codes = codes_of(group, sums[n][t], sink ? half.sink_scale + 8 * (first + n) : nullptr);
-            scatter(codes, group, first_byte(writing, tokens[t]), writing.pages.block);
-        }
+        by_width[half.groups[first + n].width - 1]({writing, half, first + n, latents[n], tokens, count});
 }
 
 // Codes of up to four tokens of one head and kind, into their pages.
@@ -88,9 +120,11 @@ inline void write_half(const Writing& writing, const Half& half, const Tokens& s
         residual(*writing.layer, half, key, writing.positions[tokens[t]], x, narrow);
         for (int d = 0; d < dim; ++d) difference[t][d] = narrow[d];
     }
-    // Two groups at once: sums enough that none waits for its last term, and whole lines of the matrix.
+    // Eight sums at once: enough that none waits for its last term.
+    constexpr int kAtOnce = sizeof(Doubles) == 64 ? 2 : 1;
     int g = 0;
-    for (; g + 2 <= half.group_count; g += 2) write_groups<2>(writing, half, g, difference, tokens, count);
+    for (; g + kAtOnce <= half.group_count; g += kAtOnce)
+        write_groups<kAtOnce>(writing, half, g, difference, tokens, count);
     if (g < half.group_count) write_groups<1>(writing, half, g, difference, tokens, count);
 }
 
