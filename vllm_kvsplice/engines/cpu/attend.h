@@ -334,7 +334,10 @@ struct Attention {
             turn(w.pairs + row * 2 * pairs, centres);
             float* out = w.scores + row * kSplit;
             int tile = 0;
-            for (; tile + 4 <= tiles; tile += 4) series<4>(offsets, tile, w.constant[row], out + tile * kTile);
+            // As many tiles as registers hold the sums of.
+            constexpr int kAtOnce = kRegisterBytes == 64 ? 4 : 1;
+            for (; tile + kAtOnce <= tiles; tile += kAtOnce)
+                series<kAtOnce>(offsets, tile, w.constant[row], out + tile * kTile);
             for (; tile < tiles; ++tile) series<1>(offsets, tile, w.constant[row], out + tile * kTile);
         }
     }
@@ -359,27 +362,25 @@ struct Attention {
     // sum_f even_f cos(w_f t) +- odd_f sin(w_f t) for N tiles: half the products serve both halves of a tile.
     template <int N>
     void series(const float* offsets, int tile, float constant, float* out) {
+        constexpr int kParts = kTile / 2 / kRegister;
         const int terms = layer.rotary->terms();
         const float* factors = w.turned + tile;
-        Floats even[N][2], odd[N][2];
-        each<2 * N>([&](auto i) KV_LAMBDA { even[i / 2][i % 2] = odd[i / 2][i % 2] = Floats{}; });
-        for (int f = 0; f < terms; ++f, factors += 2 * kSplitTiles) {
-            const Floats c0 = load(offsets), c1 = load(offsets + 16), s0 = load(offsets + 32), s1 = load(offsets + 48);
-            offsets += 64;
-            each<N>([&](auto n) KV_LAMBDA {
-                const float e = factors[n], o = factors[kSplitTiles + n];
-                even[n][0] += e * c0;
-                even[n][1] += e * c1;
-                odd[n][0] += o * s0;
-                odd[n][1] += o * s1;
+        Register even[N][kParts] = {}, odd[N][kParts] = {};
+        for (int f = 0; f < terms; ++f, factors += 2 * kSplitTiles, offsets += kTile) {
+            each<kParts>([&](auto part) KV_LAMBDA {
+                const Register c = load<Register>(offsets + kRegister * part),
+                               s = load<Register>(offsets + kTile / 2 + kRegister * part);
+                each<N>([&](auto n) KV_LAMBDA {
+                    even[n][part] += factors[n] * c;
+                    odd[n][part] += factors[kSplitTiles + n] * s;
+                });
             });
         }
-        const Ints mirrored = {15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0};
-        each<2 * N>([&](auto i) KV_LAMBDA {
-            constexpr int n = i / 2, half = i % 2;
-            store(out + n * kTile + 32 + 16 * half, even[n][half] + odd[n][half] + constant);
-            const Floats before = even[n][half] - odd[n][half] + constant;
-            store(out + n * kTile + 16 - 16 * half, __builtin_shuffle(before, mirrored));
+        each<N * kParts>([&](auto i) KV_LAMBDA {
+            constexpr int n = i / kParts, part = i % kParts;
+            float* middle = out + n * kTile + kTile / 2;
+            store(middle + kRegister * part, even[n][part] + odd[n][part] + constant);
+            store(middle - kRegister * (part + 1), reversed(even[n][part] - odd[n][part] + constant));
         });
     }
 
@@ -410,23 +411,23 @@ struct Attention {
                 store(at, (token >= from) & (token < until) ? load(at) : splat(kNever));
             }
         }
-        Floats tops[4];
-        each<4>([&](auto i) KV_LAMBDA { tops[i] = load(scores + 16 * i); });
-        for (int t = kTile; t < tiles * kTile; t += kTile)
-            each<4>([&](auto i) KV_LAMBDA { tops[i] = larger(tops[i], load(scores + t + 16 * i)); });
+        Register tops[4];
+        each<4>([&](auto i) KV_LAMBDA { tops[i] = load<Register>(scores + kRegister * i); });
+        for (int t = 4 * kRegister; t < tiles * kTile; t += 4 * kRegister)
+            each<4>([&](auto i) KV_LAMBDA { tops[i] = larger(tops[i], load<Register>(scores + t + kRegister * i)); });
         w.top[row] = largest(larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])));
         const float top = w.top[row];
-        Ints total{};
+        Wholes total{};
         for (int tile = 0; tile < tiles; ++tile) {
-            Ints rounded[4];
-            each<4>([&](auto i) KV_LAMBDA {
-                const Floats p = exp2_below(load(scores + tile * kTile + 16 * i) - top);
-                rounded[i] = __builtin_convertvector(p * 32767.0f + 0.5f, Ints);
+            Wholes rounded[kTile / kRegister];
+            each<kTile / kRegister>([&](auto i) KV_LAMBDA {
+                const Register p = exp2_below(load<Register>(scores + tile * kTile + kRegister * i) - top);
+                rounded[i] = __builtin_convertvector(p * 32767.0f + 0.5f, Wholes);
+                total += rounded[i];
             });
-            total += (rounded[0] + rounded[1]) + (rounded[2] + rounded[3]);
             Isa::pack_probability(rounded, probability, tile);
         }
-        int32_t lanes[16], weight = 0;
+        int32_t lanes[kRegister], weight = 0;
         store(lanes, total);
         for (int32_t x : lanes) weight += x;
         w.weight[row] = static_cast<float>(weight) * (1 / 32767.0f);

@@ -196,7 +196,7 @@ struct Avx512 {
     }
 
     // Packing keeps to 128-bit lanes, which undoes the order that the keys' unpacking left.
-    static KV_INLINE void pack_probability(const Ints* rounded, int16_t* out, int tile) {
+    static KV_INLINE void pack_probability(const Wholes* rounded, int16_t* out, int tile) {
         const __m512i first = _mm512_packus_epi32((__m512i)rounded[0], (__m512i)rounded[1]);
         const __m512i second = _mm512_packus_epi32((__m512i)rounded[2], (__m512i)rounded[3]);
         const __m512i byte = _mm512_set1_epi16(255);

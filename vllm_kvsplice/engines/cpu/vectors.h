@@ -16,15 +16,19 @@ namespace {
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
-// No longer than a register: the compiler would take longer ones apart number by number.
-#ifdef __AVX512F__
-typedef double Doubles __attribute__((vector_size(64)));
-#elif defined(__AVX2__)
-typedef double Doubles __attribute__((vector_size(32)));
-#else
-typedef double Doubles __attribute__((vector_size(16)));
-#endif
 typedef float HalfFloats __attribute__((vector_size(32)));
+// What one register holds: the compiler takes a number apart that is multiplied by a longer vector, lane by lane.
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+typedef float Register __attribute__((vector_size(kRegisterBytes)));
+typedef int32_t Wholes __attribute__((vector_size(kRegisterBytes)));
+typedef double Doubles __attribute__((vector_size(kRegisterBytes)));
+constexpr int kRegister = kRegisterBytes / sizeof(float);
 
 #define KV_INLINE inline __attribute__((always_inline))
 
@@ -46,6 +50,11 @@ KV_INLINE V load(const void* from) {
 template <class V>
 KV_INLINE void store(void* to, V v) {
     std::memcpy(to, &v, sizeof v);
+}
+KV_INLINE Register reversed(Register x) {
+    Wholes last_first;
+    for (int i = 0; i < kRegister; ++i) last_first[i] = kRegister - 1 - i;
+    return __builtin_shuffle(x, last_first);
 }
 KV_INLINE Floats splat(float x) { return Floats{} + x; }
 
@@ -71,12 +80,15 @@ KV_INLINE Doubles widened(const float* x) {
 #endif
 }
 
-KV_INLINE Floats larger(Floats a, Floats b) {
+template <class V>
+KV_INLINE V larger(V a, V b) {
 #ifdef __AVX512F__
-    return _mm512_max_ps(a, b);
-#else
-    return a > b ? a : b;
+    if constexpr (sizeof(V) == 64) return _mm512_max_ps(a, b);
 #endif
+#ifdef __AVX2__
+    if constexpr (sizeof(V) == 32) return _mm256_max_ps(a, b);
+#endif
+    return a > b ? a : b;
 }
 
 // out[n, d] = sum_r weights[n, r] matrix[r, d]: `rows` small vectors by one matrix.
@@ -114,7 +126,8 @@ KV_INLINE void combine_block(const Product& p, int first, int d) {
 template <int N>
 void combine_rows(const Product& p, int first) {
     int d = 0;
-    for (; d + 64 <= p.width; d += 64) combine_block<N, 4, Floats>(p, first, d);
+    constexpr int kAtOnce = 4 * sizeof(Register) / sizeof(float);
+    for (; d + kAtOnce <= p.width; d += kAtOnce) combine_block<N, 4, Register>(p, first, d);
     for (; d < p.width; d += 8) combine_block<N, 1, HalfFloats>(p, first, d);
 }
 
@@ -127,21 +140,24 @@ inline void combine(const Product& p, int rows) {
 }
 
 // 2^x for x <= 15, within 3e-6 (minimax of degree 4 between whole numbers); zero far below.
-KV_INLINE Floats exp2_below(Floats x) {
-    x = larger(x, splat(-100));
+template <class V>
+KV_INLINE V exp2_below(V x) {
+    typedef int32_t Whole __attribute__((vector_size(sizeof(V))));
+    x = larger(x, V{} - 100.0f);
     // Adding 1.5 * 2^23 rounds to whole numbers and leaves them in the low bits.
-    const Floats shifted = x + 12582912.0f;
-    const Floats f = x - (shifted - 12582912.0f);
-    Floats p = splat(0.0095701018f);
+    const V shifted = x + 12582912.0f;
+    const V f = x - (shifted - 12582912.0f);
+    V p = V{} + 0.0095701018f;
     p = p * f + 0.0559178621f;
     p = p * f + 0.2402474485f;
     p = p * f + 0.6931218145f;
     p = p * f + 0.9999992614f;
-    return (Floats)((Ints)p + ((Ints)shifted << 23));
+    return (V)((Whole)p + ((Whole)shifted << 23));
 }
 
-KV_INLINE float largest(Floats v) {
-    float lanes[16], found = kNever;
+template <class V>
+KV_INLINE float largest(V v) {
+    float lanes[sizeof(V) / sizeof(float)], found = kNever;
     store(lanes, v);
     for (float x : lanes) found = most(found, x);
     return found;

@@ -27,23 +27,18 @@ KV_INLINE Sums pair_products(Shorts a, Shorts b) {
 #endif
 }
 
-// Eight latents of 32 tokens as codes.
-KV_INLINE void codes_of(int width, const uint8_t* data, int64_t stride, Bytes* out) {
-    for (int i = 0; i < 8; ++i) out[i] = Bytes{};
-    int low = 0;
-    for (int bits = 8; bits; bits /= 2) {
-        if (width - low < bits) continue;
-        const int per_byte = 8 / bits;
-        for (int i = 0; i < 8; ++i) {
-            const Shorts plane = load<Shorts>(data + (low + i / per_byte) * stride);
-            // Shifting pairs of bytes is shifting bytes once what a neighbour lent is masked off.
-            const Shorts mask = Shorts{} + static_cast<int16_t>(((1 << bits) - 1) * 0x0101);
-            typedef uint16_t Unsigned __attribute__((vector_size(32)));
-            const Shorts field = (Shorts)((Unsigned)plane >> i % per_byte * bits) & mask;
-            out[i] |= (Bytes)((Unsigned)field << low);
-        }
-        low += bits;
-    }
+// Eight latents of 32 tokens: W bits of each code from bit `low` on.
+template <int W>
+KV_INLINE void add_codes(const uint8_t* data, int64_t stride, int low, Bytes* codes) {
+    typedef uint16_t Unsigned __attribute__((vector_size(32)));
+    constexpr int bits = W >= 8 ? 8 : W >= 4 ? 4 : W >= 2 ? 2 : 1, per_byte = 8 / bits;
+    // Shifting pairs of bytes is shifting bytes once what a neighbour lent is masked off.
+    const Unsigned mask = Unsigned{} + static_cast<uint16_t>(((1 << bits) - 1) * 0x0101);
+    each<8>([&](auto i) KV_LAMBDA {
+        const Unsigned plane = load<Unsigned>(data + i / per_byte * stride);
+        codes[i] |= (Bytes)((plane >> i % per_byte * bits & mask) << low);
+    });
+    if constexpr (W > bits) add_codes<W - bits>(data + bits * stride, stride, low + bits, codes);
 }
 
 KV_INLINE Bytes looked_up(const Group& group, Bytes codes) {
@@ -81,8 +76,18 @@ struct Wide {
         std::memcpy(out, numbers, count * sizeof(int16_t));
     }
 
-    static KV_INLINE void pack_probability(const Ints* rounded, int16_t* out, int tile) {
-        for (int i = 0; i < kTile; ++i) out[tile * kTile + i] = static_cast<int16_t>(rounded[i / 16][i % 16]);
+    static KV_INLINE void pack_probability(const Wholes* rounded, int16_t* out, int tile) {
+        out += tile * kTile;
+        each<kTile / 16>([&](auto i) KV_LAMBDA {
+#ifdef __AVX2__
+            // Packing keeps to 128-bit lanes.
+            const __m256i both = _mm256_packs_epi32((__m256i)rounded[2 * i], (__m256i)rounded[2 * i + 1]);
+            store(out + 16 * i, _mm256_permute4x64_epi64(both, 0xD8));
+#else
+            for (int j = 0; j < 16; ++j)
+                out[16 * i + j] = static_cast<int16_t>(rounded[(16 * i + j) / kRegister][j % kRegister]);
+#endif
+        });
     }
 
     static void score_latents(const Half& half, const Tiles& tiles, const Queries& queries, int16_t* keys,
@@ -97,20 +102,42 @@ struct Wide {
 
     // [4 pairs of latents][64 tokens][2]
     static void unpack_keys(const Half& half, int g, const Tiles& tiles, int tile, int16_t* out) {
+        unpack(half, g, tiles, tile, [&](int t, const Bytes* latent) KV_LAMBDA {
+            for (int i = 0; i < 8; i += 2) store_pairs(latent[i], latent[i + 1], out + (i / 2 * kTile + t) * 2);
+        });
+    }
+
+    // Calls `take` with levels of 32 tokens from token t on, twice.
+    template <class Take>
+    static KV_INLINE void unpack(const Half& half, int g, const Tiles& tiles, int tile, Take take) {
         const Group& group = half.groups[g];
         const int64_t plane = group.plane - half.groups[0].plane;
         tiles.ask(tile, plane, group.width);
+        static constexpr decltype(&add_codes<1>) by_width[] = {add_codes<1>, add_codes<2>, add_codes<3>, add_codes<4>,
+                                                               add_codes<5>, add_codes<6>, add_codes<7>, add_codes<8>};
         for (int t = 0; t < kTile; t += 32) {
-            Bytes latent[8];
-            codes_of(group.width, tiles.data[tile] + plane * tiles.stride + t, tiles.stride, latent);
+            Bytes latent[8] = {};
+            by_width[group.width - 1](tiles.data[tile] + plane * tiles.stride + t, tiles.stride, 0, latent);
             for (Bytes& codes : latent) codes = looked_up(group, codes);
-            for (int i = 0; i < 8; i += 2)
-                for (int j = 0; j < 32; ++j) {
-                    int16_t* pair = out + (i / 2 * kTile + t + j) * 2;
-                    pair[0] = latent[i][j];
-                    pair[1] = latent[i + 1][j];
-                }
+            take(t, latent);
         }
+    }
+
+    // Numbers of `a` and `b` in turn, as 16 bits each.
+    static KV_INLINE void store_pairs(Bytes a, Bytes b, int16_t* out) {
+#ifdef __AVX2__
+        const __m256i low = _mm256_unpacklo_epi8((__m256i)a, (__m256i)b),
+                      high = _mm256_unpackhi_epi8((__m256i)a, (__m256i)b);
+        store(out, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(low)));
+        store(out + 16, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(high)));
+        store(out + 32, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(low, 1)));
+        store(out + 48, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(high, 1)));
+#else
+        for (int j = 0; j < 32; ++j) {
+            out[2 * j] = a[j];
+            out[2 * j + 1] = b[j];
+        }
+#endif
     }
 
     static void dot_keys(const int16_t* keys, int latents, const int16_t* query, float unit, float* scores) {
@@ -135,17 +162,18 @@ struct Wide {
     }
 
     static void unpack_values(const Half& half, int g, const Tiles& tiles, int tile, int16_t* out) {
-        const Group& group = half.groups[g];
-        const int64_t plane = group.plane - half.groups[0].plane;
-        tiles.ask(tile, plane, group.width);
-        for (int t = 0; t < kTile; t += 32) {
-            Bytes latent[8];
-            codes_of(group.width, tiles.data[tile] + plane * tiles.stride + t, tiles.stride, latent);
-            for (int i = 0; i < 8; ++i) {
-                const Bytes level = looked_up(group, latent[i]);
-                for (int j = 0; j < 32; ++j) out[i * kSplit + t + j] = level[j];
-            }
-        }
+        unpack(half, g, tiles, tile, [&](int t, const Bytes* latent) KV_LAMBDA {
+            for (int i = 0; i < 8; ++i) store_numbers(latent[i], out + i * kSplit + t);
+        });
+    }
+
+    static KV_INLINE void store_numbers(Bytes x, int16_t* out) {
+#ifdef __AVX2__
+        store(out, _mm256_cvtepi8_epi16(_mm256_castsi256_si128((__m256i)x)));
+        store(out + 16, _mm256_cvtepi8_epi16(_mm256_extracti128_si256((__m256i)x, 1)));
+#else
+        for (int j = 0; j < 32; ++j) out[j] = x[j];
+#endif
     }
 
     static void dot_values(const int16_t* values, const int16_t* probability, int tiles, int32_t* sums) {

@@ -121,7 +121,7 @@ inline void write_half(const Writing& writing, const Half& half, const Tokens& s
         for (int d = 0; d < dim; ++d) difference[t][d] = narrow[d];
     }
     // Eight sums at once: enough that none waits for its last term.
-    constexpr int kAtOnce = sizeof(Doubles) == 64 ? 2 : 1;
+    constexpr int kAtOnce = kRegisterBytes == 64 ? 2 : 1;
     int g = 0;
     for (; g + kAtOnce <= half.group_count; g += kAtOnce)
         write_groups<kAtOnce>(writing, half, g, difference, tokens, count);
