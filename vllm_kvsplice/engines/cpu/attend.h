@@ -72,6 +72,9 @@ struct Block {
     int64_t partials;  // where this block's partial results lie
 };
 
+// Rows that attend to the exact window together.
+constexpr int kExactRows = 4;
+
 // Everything a thread needs for a block of at most M rows.
 template <int M>
 struct Workspace {
@@ -138,8 +141,8 @@ struct Attention {
         place(at, w.scores, kFewRows * kSplit);
         place(at, w.partial, kRows * partial_size);
         place(at, w.state, kRows * state_size);
-        place(at, w.exact_keys, kTile * round_up(dim, 16));
-        place(at, w.exact_values, kTile * round_up(dim, 16));
+        place(at, w.exact_keys, kTile * dim);
+        place(at, w.exact_values, kTile * dim);
         place(at, w.first_key, round_up(key_latents, 16));
         place(at, w.first_value, round_up(value_latents, 16));
         place(at, w.quantised, kFewRows * round_up(key_latents, 64));
@@ -484,62 +487,72 @@ struct Attention {
             const int from = static_cast<int>(most<int64_t>(0, begin - base)),
                       until = static_cast<int>(least<int64_t>(kTile, end - base));
             load_window(b, base, from, until);
-            for (int row = 0; row < b.rows; ++row) attend_exact(row, base);
+            for (int row = 0; row < b.rows; row += kExactRows) attend_exact(row, least(kExactRows, b.rows - row), base);
         }
     }
 
-    // Keys and values in float32, [64, D] each; only tokens that some row of the block reads.
+    // Keys [D, 64] and values [64, D] in float32; only tokens that some row of the block reads.
     void load_window(const Block& b, int64_t base, int from, int until) {
         const Window& window = step.window;
         const int32_t* blocks = window.table + b.sequence * window.table_stride;
-        const int64_t width = round_up(dim, 16);
+        float key[kMaxDim];
         for (int t = from; t < until; ++t) {
             const int64_t position = base + t;
             const uint8_t* token =
                 window.data + blocks[position / window.block] * window.block_stride + b.head * window.head_stride;
             const int64_t offset = position % window.block * 2 * dim;
-            load_row(token, window.dtype, offset, dim, w.exact_keys + t * width);
-            load_row(token, window.dtype, offset + dim, dim, w.exact_values + t * width);
+            load_row(token, window.dtype, offset, dim, key);
+            for (int d = 0; d < dim; ++d) w.exact_keys[d * kTile + t] = key[d];
+            load_row(token, window.dtype, offset + dim, dim, w.exact_values + t * dim);
         }
     }
 
-    void attend_exact(int row, int64_t base) {
-        const int from = static_cast<int>(most<int64_t>(0, w.begin[row] - base));
-        const int until = static_cast<int>(least<int64_t>(kTile, w.last[row] + 1 - base));
+    // Rows that stand together read much the same tokens of a tile: scores and sums are products of all of them, in which what a
+    // row does not read has no weight.
+    void attend_exact(int first, int rows, int64_t base) {
+        int begin[kExactRows], end[kExactRows], from = kTile, until = 0;
+        for (int i = 0; i < rows; ++i) {
+            begin[i] = static_cast<int>(most<int64_t>(0, w.begin[first + i] - base));
+            end[i] = static_cast<int>(least<int64_t>(kTile, w.last[first + i] + 1 - base));
+            if (begin[i] >= end[i]) continue;
+            from = least(from, begin[i]);
+            until = most(until, end[i]);
+        }
         if (until <= from) return;
-        alignas(64) float probability[kTile];
-        const float top = exact_scores(row, from, until, probability);
-        Floats total{};
-        for (int t = from / 16 * 16; t < until; t += 16) {
-            const Floats p = exp2_below(load(probability + t) - top);
-            total += p;
-            store(probability + t, p);
-        }
-        const float share = rescale(row, top);
-        state(row).total += sum_of(total) * share;
-        const int64_t width = round_up(dim, 16);
-        float values[kMaxDim];
-        combine({probability + from, 0, until - from, w.exact_values + from * width, width, dim, values, 0}, 1);
-        float* sums = exact(row);
-        for (int d = 0; d < dim; ++d) sums[d] += values[d] * share;
+        const int start = from / 16 * 16, width = static_cast<int>(round_up(until, 16)) - start;
+        alignas(64) float weights[kExactRows][kTile];
+        float share[kExactRows], values[kExactRows][kMaxDim];
+        const int64_t stride = round_up(dim, 16);
+        combine({w.query + first * stride, stride, dim, w.exact_keys + start, kTile, width, weights[0] + start, kTile},
+                rows);
+        for (int i = 0; i < rows; ++i) share[i] = weigh_exact(first + i, begin[i], end[i], start, width, weights[i]);
+        combine({weights[0] + from, kTile, until - from, w.exact_values + from * dim, dim, dim, values[0], kMaxDim},
+                rows);
+        for (int i = 0; i < rows; ++i)
+            for (int d = 0; d < dim; ++d) exact(first + i)[d] += values[i][d] * share[i];
     }
 
-    // Scores of the tokens `from` to `until` of a tile; those beside them never matter. Returns the largest.
-    float exact_scores(int row, int from, int until, float* scores) {
-        const float* q = w.query + row * round_up(dim, 16);
-        const int64_t width = round_up(dim, 16);
-        const Ints ramp = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        Floats top = splat(kNever);
-        for (int t = from / 16 * 16; t < until; t += 16) {
-            Floats x[16] = {};
-            for (int i = most(0, from - t); i < least(16, until - t); ++i)
-                x[i] = products(q, w.exact_keys + (t + i) * width, dim);
-            const Ints token = ramp + t;
-            const Floats score = (token >= from) & (token < until) ? sums_of(x) : splat(kNever);
-            top = larger(top, score);
-            store(scores + t, score);
+    // From scores to weights of a row that reads tokens `begin` to `end` of a tile; returns what its weights count by.
+    float weigh_exact(int row, int begin, int end, int start, int width, float* weights) {
+        if (begin >= end) {
+            std::memset(weights + start, 0, width * sizeof(float));
+            return 0;
         }
-        return largest(top);
+        Wholes ramp;
+        for (int i = 0; i < kRegister; ++i) ramp[i] = i;
+        const auto read = [&](int t) { return (ramp + t >= begin) & (ramp + t < end); };
+        Register top = Register{} + kNever, total{};
+        for (int t = start; t < start + width; t += kRegister)
+            top = larger(top, read(t) ? load<Register>(weights + t) : Register{} + kNever);
+        const float largest_score = largest(top);
+        for (int t = start; t < start + width; t += kRegister) {
+            const Register p = read(t) ? exp2_below(load<Register>(weights + t) - largest_score) : Register{};
+            total += p;
+            store(weights + t, p);
+        }
+        const float share = rescale(row, largest_score);
+        state(row).total += sum_of(total) * share;
+        return share;
     }
 
     // --- after the context -------------------------------------------------------------------------------------------

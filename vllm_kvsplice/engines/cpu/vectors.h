@@ -126,9 +126,12 @@ KV_INLINE void combine_block(const Product& p, int first, int d) {
 template <int N>
 void combine_rows(const Product& p, int first) {
     int d = 0;
-    constexpr int kAtOnce = 4 * sizeof(Register) / sizeof(float);
-    for (; d + kAtOnce <= p.width; d += kAtOnce) combine_block<N, 4, Register>(p, first, d);
-    for (; d < p.width; d += 8) combine_block<N, 1, HalfFloats>(p, first, d);
+    for (; d + 4 * kRegister <= p.width; d += 4 * kRegister) combine_block<N, 4, Register>(p, first, d);
+    const int left = (p.width - d) / kRegister;
+    if (left == 3) combine_block<N, 3, Register>(p, first, d);
+    if (left == 2) combine_block<N, 2, Register>(p, first, d);
+    if (left == 1) combine_block<N, 1, Register>(p, first, d);
+    for (d += left * kRegister; d < p.width; d += 8) combine_block<N, 1, HalfFloats>(p, first, d);
 }
 
 inline void combine(const Product& p, int rows) {
@@ -163,8 +166,9 @@ KV_INLINE float largest(V v) {
     return found;
 }
 
-KV_INLINE float sum_of(Floats v) {
-    float lanes[16], total = 0;
+template <class V>
+KV_INLINE float sum_of(V v) {
+    float lanes[sizeof(V) / sizeof(float)], total = 0;
     store(lanes, v);
     for (float x : lanes) total += x;
     return total;
@@ -179,23 +183,6 @@ KV_INLINE Floats products(const float* a, const float* b, int count) {
     float last[16] = {};
     store(last, load<HalfFloats>(a + i) * load<HalfFloats>(b + i));
     return sum + load(last);
-}
-
-// Lane i: the sum of all lanes of x[i]. Vectors are folded in pairs, H lanes onto the next.
-template <int H = 8>
-KV_INLINE Floats sums_of(Floats* x) {
-    Ints near, far;
-    for (int j = 0; j < 16; ++j) {
-        const bool first = j % (2 * H) < H;
-        near[j] = first ? j : 16 + j - H;
-        far[j] = first ? j + H : 16 + j;
-    }
-    each<H>([&](auto i)
-                KV_LAMBDA { x[i] = __builtin_shuffle(x[i], x[i + H], near) + __builtin_shuffle(x[i], x[i + H], far); });
-    if constexpr (H == 1)
-        return x[0];
-    else
-        return sums_of<H / 2>(x);
 }
 
 }  // namespace
