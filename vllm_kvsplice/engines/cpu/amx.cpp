@@ -118,7 +118,7 @@ struct AmxPrompt {
     int8_t *quads, *keys, *values;  // of a tile; [key tiles, kSplit, 64], [latents, kValueRow]
     int32_t* scores;                // [2, kSplit, 16]
     uint8_t* probabilities;         // [2, kSplit / 64] of tiles
-    Products* products;             // of two steps, then of pairs of values' tiles
+    Products* products;             // of a step, then of pairs of values' tiles
     Piece* pieces;
     float* sums;  // [groups, latents, 16 rows], relative to 2^top
     float unit[Amx::kRows], constant[Amx::kRows], top[Amx::kRows], weight[Amx::kRows];
@@ -141,7 +141,7 @@ struct AmxPrompt {
         place(at, values, value_pairs * 32 * kValueRow);
         place(at, scores, 2 * kSplit * kLanes);
         place(at, probabilities, 2 * kSplit / 64 * 2 * kTileBytes);
-        place(at, products, 2 + ceil_div(value_pairs, kTile / kStep));
+        place(at, products, 1 + ceil_div(value_pairs, kTile / kStep));
         place(at, pieces, kGroups);
         place(at, sums, kGroups * value_pairs * 32 * kLanes);
     }
@@ -168,9 +168,10 @@ struct AmxPrompt {
         }
         for (int first = 0; first < b.rows; first += kLanes) {
             float* to = series + first * 2 * pairs;
-            turn_floats(a.w.pairs + first * 2 * pairs, 2 * pairs, 2 * pairs, to);
+            turn_floats(a.w.pairs + first * 2 * pairs, 2 * pairs, to);
             float reached[kLanes], inverse[kLanes] = {};
             store(reached, reach(a.layer.rotary, to) * (1 / kFactor));
+            // High bytes of all rows, then low ones, where keys will lie only later.
             int8_t* rows = quads;
             std::memset(rows, 0, 2 * kLanes * width);
             for (int lane = 0; lane < kLanes && first + lane < b.rows; ++lane, rows += width) {
@@ -201,10 +202,10 @@ struct AmxPrompt {
     }
 
     // Sixteen rows of `count` numbers become `count` rows of sixteen.
-    static void turn_floats(const float* rows, int64_t stride, int count, float* out) {
+    static void turn_floats(const float* rows, int count, float* out) {
         float spare[kLanes];
         for (int from = 0; from < count; from += kLanes)
-            turn(rows + from, stride * 4,
+            turn(rows + from, count * 4,
                  [&](int c) KV_LAMBDA { return from + c < count ? out + (from + c) * kLanes : spare; });
     }
 
@@ -332,13 +333,13 @@ struct AmxPrompt {
             Ints largest = Ints{} + kUnread, total{};
             for (int step = 0; step < steps; ++step) {
                 const int first = value_pairs * step / steps, until = value_pairs * (step + 1) / steps;
-                if (next) multiply_keys(*next, step * kStep, products[step % 2]);
+                if (next) multiply_keys(*next, step * kStep, products[0]);
                 for (int pair = first; last && pair < until; ++pair)
-                    multiply_values(*last, other, pair, tiles, products[2 + pair - first]);
+                    multiply_values(*last, other, pair, tiles, products[1 + pair - first]);
                 if (now) total += soften(*now, slot, step * kStep);
-                if (next) largest = larger(largest, join(*next, other, step * kStep, products[step % 2]));
+                if (next) largest = larger(largest, join(*next, other, step * kStep, products[0]));
                 for (int pair = first; last && pair < until; ++pair)
-                    add_values(*last, pair, products[2 + pair - first]);
+                    add_values(*last, pair, products[1 + pair - first]);
             }
             if (next) store(next->largest, largest);
             if (now) weigh(*now, total);
