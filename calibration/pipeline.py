@@ -20,7 +20,7 @@ from calibration.fim.attention import CONTEXT as FIM_CONTEXT
 from calibration.fim.attention import WINDOWS as FIM_WINDOWS
 from calibration.fim.attention import attention_spectra, by_head
 from calibration.fim.runs import read_runs
-from calibration.fit import FITS, Fit, FittedCodec
+from calibration.fit import FitByHead, FittedCodec
 from calibration.fit.errors import error_table, head_errors
 from calibration.fit.finetune import Schedule, finetune
 from calibration.models import Source, fast_dtype, load_model, longest_context, rotary_of
@@ -111,10 +111,10 @@ class Study:
         return self.shape.num_layers - len(self.layers)
 
     @cached_property
-    def fit(self) -> Fit:
+    def fit(self) -> FitByHead:
         """Transforms and codebooks."""
         with console.status("Fitting transforms and codebooks"):
-            return FITS[self.config.fit](self.statistics)
+            return FitByHead(self.statistics, self.config.fit)
 
     @cached_property
     def evidence(self) -> Evidence:
@@ -287,7 +287,7 @@ def make(
     """The same without writing the artifact; finetuning that was interrupted goes on from `checkpoint`."""
     measured = study(source, config, statistics_file)
     chosen = choose(measured)
-    with console.status(f"Fitting {config.fit}"):
+    with console.status("Fitting the codec of the plan"):
         fitted = measured.fit.codec(chosen)
     if config.finetune:
         fitted = _finetune(measured, fitted, checkpoint)
@@ -391,13 +391,20 @@ def _provenance(measured: Study, plan: Plan) -> Provenance:
         tokens=measured.statistics.tokens,
         context=measured.windows.shape[1],
         seed=measured.config.seed,
-        fit=measured.config.fitted_by,
+        fit=_fitted_by(measured.config, plan),
         planner=plan.planner,
         requested=measured.config.requested,
         expected_change_percent=100 * plan.expected_increase,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
     )
+
+
+def _fitted_by(config: CalibrationConfig, plan: Plan) -> str:
+    """Algorithms, that of the recipe first, and training, as an artifact tells of them."""
+    named = {name or config.fit for heads in plan.fits or ((None,),) for name in heads}
+    algorithms = " and ".join(sorted(named, key=lambda name: (name != config.fit, name)))
+    return f"{algorithms}, finetuned in {config.training_steps} steps" if config.finetune else algorithms
 
 
 def _judge(source: Source, artifact: Artifact, windows: Tensor) -> Quality:

@@ -7,12 +7,15 @@ section 10.3.3, with measured rate-distortion curves in place of the Gaussian's)
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH, TOKEN_ALIGNMENT
+
+FitName = Literal["pca", "pca_spline", "kvsplice", "kvsplice_spline"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Plan:
         distortion: Fisher-weighted squared error that they are expected to leave per token, in nats.
         planner: what chose them.
         reasons: why, one sentence for each head, [L][H].
+        fits: fitting algorithms (`calibration.fit.FITS`) of heads that have one of their own, None elsewhere, [L][H].
 
     """
 
@@ -31,6 +35,7 @@ class Plan:
     distortion: float
     planner: str = "budget"
     reasons: tuple[tuple[str, ...], ...] = ()
+    fits: tuple[tuple[FitName | None, ...], ...] = ()
 
     @property
     def layer_bytes(self) -> Tensor:

@@ -1,11 +1,12 @@
 """A recipe: what to measure on, who plans, and how large the result may be."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from calibration.plan import FitName
 from calibration.planners import PlannerSettings
 from vllm_kvsplice.errors import KVSpliceError
 
@@ -38,7 +39,7 @@ class CalibrationConfig(PlannerSettings):
     bits: float | None = Field(default=None, ge=1.5, le=8)
     budget: int | None = Field(default=None, ge=1)
     max_ppl_increase: Annotated[float | None, BeforeValidator(_percent), Field(gt=0)] = None
-    fit: Literal["pca", "pca_spline", "kvsplice", "kvsplice_spline"] = "pca"
+    fit: FitName = "pca"
     finetune: bool = False
     steps: int | None = Field(default=None, ge=1)
     text: str = "pydoc"
@@ -66,11 +67,6 @@ class CalibrationConfig(PlannerSettings):
     @property
     def training_steps(self) -> int:
         return (self.steps or DEFAULT_STEPS) if self.finetune else 0
-
-    @property
-    def fitted_by(self) -> str:
-        """Algorithm and training, as an artifact tells of them."""
-        return f"{self.fit}, finetuned in {self.training_steps} steps" if self.finetune else self.fit
 
     @property
     def requested(self) -> str:

@@ -1,17 +1,18 @@
-"""From measurements and a plan to a codec: `FITS[name](statistics).codec(plan)`."""
+"""From measurements and a plan to a codec: `FITS[name](statistics).codec(plan)`, or `FitByHead` where heads differ."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from calibration.fit.closed_form import ClosedForm
 from calibration.fit.codebooks import lloyd_max
-from calibration.fit.coder import FittedCodec
+from calibration.fit.coder import FittedCodec, choose
 from calibration.fit.reconstruction import Learned
 from calibration.fit.splines import spline_levels
-from calibration.plan import Plan
+from calibration.plan import FitName, Plan
 from calibration.statistics import Statistics
 
 
@@ -29,9 +30,41 @@ class Fit(Protocol):
         """The codec of `plan`."""
 
 
-FITS: dict[str, Callable[[Statistics], Fit]] = {
+FITS: dict[FitName, Callable[[Statistics], Fit]] = {
     "pca": partial(ClosedForm.of, levels=lloyd_max),
     "pca_spline": partial(ClosedForm.of, levels=spline_levels),
     "kvsplice": partial(Learned.of, levels=lloyd_max),
     "kvsplice_spline": partial(Learned.of, levels=spline_levels),
 }
+
+
+class FitByHead:
+    """The algorithm that a plan names for a head, and `default` for all others; distortions are those of `default`."""
+
+    def __init__(self, statistics: Statistics, default: FitName) -> None:
+        self._statistics = statistics
+        self._default = FITS[default](statistics)
+        self._made = {default: self._default}
+
+    @property
+    def distortion(self) -> Tensor:
+        """Fisher-weighted squared error of each group at widths 0..8, [2, L, H, G, 9]."""
+        return self._default.distortion
+
+    def start(self, plan: Plan) -> FittedCodec:
+        """The codec of `plan` before training, if any."""
+        return self._joined(plan, lambda fit: fit.start(plan))
+
+    def codec(self, plan: Plan) -> FittedCodec:
+        """The codec of `plan`."""
+        return self._joined(plan, lambda fit: fit.codec(plan))
+
+    def _joined(self, plan: Plan, codec_of: Callable[[Fit], FittedCodec]) -> FittedCodec:
+        joined = codec_of(self._default)
+        for name in sorted({name for heads in plan.fits for name in heads if name}):
+            if name not in self._made:
+                self._made[name] = FITS[name](self._statistics)
+            chosen = torch.tensor([[own == name for own in heads] for heads in plan.fits])
+            other = codec_of(self._made[name])
+            joined = FittedCodec(plan, choose(chosen, other.key, joined.key), choose(chosen, other.value, joined.value))
+        return joined

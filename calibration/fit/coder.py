@@ -64,6 +64,12 @@ class KindCoder:
         }
 
 
+def choose(first: Tensor, one: KindCoder, other: KindCoder) -> KindCoder:
+    """Of heads [L, H] where `first` is true, those of `one`, else of `other`."""
+    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
+    return KindCoder(*(torch.where(first.view(*first.shape, *[1] * (a.dim() - 2)), a, b) for a, b in pairs))
+
+
 @dataclass(frozen=True)
 class FittedCodec:
     """A plan and its coders."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibration.fit.closed_form import ClosedForm
 from calibration.fit.codebooks import LevelFit, fit_codebooks
-from calibration.fit.coder import FittedCodec, KindCoder
+from calibration.fit.coder import FittedCodec, KindCoder, choose
 from calibration.fit.trainable import TrainableKind, latent_error
 from calibration.plan import Plan
 from calibration.statistics import KindStatistics, Statistics
@@ -91,7 +91,7 @@ def _train(start: KindCoder, statistics: KindStatistics, level_fit: LevelFit, er
     with torch.no_grad():
         coder = kind.coder()
         before, after = (weighted_errors(k, start, held_out) for k in (TrainableKind(start, error), kind))
-    return _choose(after < before, coder, start)
+    return choose(after < before, coder, start)
 
 
 def _refit(kind: TrainableKind, samples: _Samples, level_fit: LevelFit) -> None:
@@ -100,9 +100,3 @@ def _refit(kind: TrainableKind, samples: _Samples, level_fit: LevelFit) -> None:
         coder = kind.coder()
     books = fit_codebooks(samples.residual, samples.weight, coder.analysis, coder.importance, level_fit)
     kind.use(books.of(coder.widths), books.unit_of(coder.widths))
-
-
-def _choose(first: Tensor, one: KindCoder, other: KindCoder) -> KindCoder:
-    """Of heads [L, H] where `first` is true, those of `one`, else of `other`."""
-    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
-    return KindCoder(*(torch.where(first.view(*first.shape, *[1] * (a.dim() - 2)), a, b) for a, b in pairs))

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from calibration.plan import Plan, left_by
+from calibration.plan import FitName, Plan, left_by
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH
 
@@ -21,12 +21,13 @@ class _Strict(BaseModel):
 
 
 class HeadDecision(_Strict):
-    """Width in bits of each group of 8 latents of a KV head's keys and values, and why."""
+    """Width in bits of each group of 8 latents of a KV head, why, and what fits it where that is not the recipe's."""
 
     head: int
     key: Widths
     value: Widths
     reason: str = ""
+    fit: FitName | None = None
 
 
 class LayerDecision(_Strict):
@@ -80,6 +81,7 @@ def describe(
     per_layer = 2 * kinds * heads * groups * GROUP
     size, baseline = plan.bytes_per_token + dense_layers * per_layer, (count + dense_layers) * per_layer
     reasons = plan.reasons or ((("",) * heads),) * count
+    fits = plan.fits or ((None,) * heads,) * count
     return PlanFile(
         planner=plan.planner,
         model=model,
@@ -89,15 +91,17 @@ def describe(
         expected_percent=100 * plan.expected_increase,
         curve=tuple(Point(bytes_per_token=b, expected_percent=100 * increase) for b, increase in curve),
         layers=tuple(
-            LayerDecision(layer=layer, heads=tuple(_decisions(key, value, why)))
-            for layer, key, value, why in zip(layers, *plan.widths.tolist(), reasons, strict=True)
+            LayerDecision(layer=layer, heads=tuple(_decisions(*decisions)))
+            for layer, *decisions in zip(layers, *plan.widths.tolist(), reasons, fits, strict=True)
         ),
     )
 
 
-def _decisions(key: list[list[int]], value: list[list[int]], reasons: Sequence[str]) -> list[HeadDecision]:
-    rows = enumerate(zip(key, value, reasons, strict=True))
-    return [HeadDecision(head=h, key=tuple(k), value=tuple(v), reason=why) for h, (k, v, why) in rows]
+def _decisions(
+    key: list[list[int]], value: list[list[int]], reasons: Sequence[str], fits: Sequence[FitName | None]
+) -> list[HeadDecision]:
+    rows = enumerate(zip(key, value, reasons, fits, strict=True))
+    return [HeadDecision(head=h, key=tuple(k), value=tuple(v), reason=why, fit=fit) for h, (k, v, why, fit) in rows]
 
 
 def is_plan_file(file: Path) -> bool:
@@ -138,4 +142,5 @@ def read_plan(file: Path, distortion: Tensor, layers: Sequence[int]) -> Plan:
         [[[getattr(h, kind) for h in layer.heads] for layer in content.layers] for kind in ("key", "value")]
     )
     reasons = tuple(tuple(h.reason for h in layer.heads) for layer in content.layers)
-    return Plan(widths, left_by(distortion, widths), content.planner, reasons)
+    fits = tuple(tuple(h.fit for h in layer.heads) for layer in content.layers)
+    return Plan(widths, left_by(distortion, widths), content.planner, reasons, fits)

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from calibration.plan import Plan, left_by, spread
+from calibration.plan import FitName, Plan, left_by, spread
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH
 
@@ -18,7 +18,7 @@ from vllm_kvsplice.layout import GROUP, MAX_WIDTH
 DEFAULT_BITS = 4
 DENSE_BYTES = 2
 
-Algorithm = Literal["kvsplice", "pca", "pca_spline", "kvsplice_spline", "none"]
+Algorithm = Literal[FitName, "none"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 
@@ -75,7 +75,7 @@ class Head(Size):
 class Everywhere(Size):
     """What holds for every head that says nothing else."""
 
-    algo_default: Algorithm = "kvsplice"
+    algo_default: FitName | None = None
     target_memory_reduction: Share | None = None
     d_head: int | None = None
     d_k: int | None = None
@@ -147,6 +147,7 @@ def plan_manual(distortion: Tensor, layers: Sequence[int], config: ManualConfig)
     widths = (config.everywhere if config.everywhere.given else Size(bits=DEFAULT_BITS)).widths(shape[3])
     widths = widths.expand(shape).clone()
     reasons = [["as every head without settings of its own"] * shape[2] for _ in layers]
+    fits = [[config.everywhere.algo_default] * shape[2] for _ in layers]
     free = torch.ones(shape[1:3], dtype=torch.bool)
     for key, head in config.per_layer_head.items():
         row, column = _place(key, layers, shape)
@@ -154,10 +155,12 @@ def plan_manual(distortion: Tensor, layers: Sequence[int], config: ManualConfig)
         for kind, own in enumerate((head.key, head.value)):
             widths[kind, row, column] = _size(head, own, config.everywhere).widths(shape[3])
         free[row, column] = False
+        if head.algo and head.algo != "none":
+            fits[row][column] = head.algo
         reasons[row][column] = head.reason or ("left in 8 bits as written" if head.off else "as written")
     if config.everywhere.target_memory_reduction is not None:
         widths = _shared(widths, free, shape, config.everywhere.target_memory_reduction)
-    return Plan(widths, left_by(distortion, widths), "manual", tuple(map(tuple, reasons)))
+    return Plan(widths, left_by(distortion, widths), "manual", tuple(map(tuple, reasons)), tuple(map(tuple, fits)))
 
 
 def _size(head: Head, own: Size | None, everywhere: Everywhere) -> Size:

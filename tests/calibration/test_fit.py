@@ -1,5 +1,6 @@
 """Transforms, codebooks and sinks of the closed-form codec, against their definitions and published optima."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibration.fit import FITS
+from calibration.fit import FITS, FitByHead
 from calibration.fit.codebooks import Codebooks, fit_codebooks, lloyd_max, moments_of, squared_error, whole_levels
 from calibration.fit.coder import fit_sinks
 from calibration.fit.splines import MonotoneSpline, spline_levels
@@ -351,11 +352,12 @@ class TestSinks:
         assert (scale[0] - 1).abs().max() < 0.02
 
 
-class TestPca:
-    @pytest.fixture(scope="class")
-    def statistics(self) -> Statistics:
-        return Statistics((0, 2), kind_statistics(0), kind_statistics(1), torch.arange(4, 504), tokens=500)
+@pytest.fixture(scope="module")
+def statistics() -> Statistics:
+    return Statistics((0, 2), kind_statistics(0), kind_statistics(1), torch.arange(4, 504), tokens=500)
 
+
+class TestPca:
     @pytest.mark.parametrize("budget", [32, 64, 192])
     def test_latents_without_bits_have_no_part_in_the_codec(self, statistics, budget):
         fitted = FITS["pca"](statistics)
@@ -376,3 +378,21 @@ class TestPca:
         widths = codec.plan.widths[0]
         assert books.of(widths).shape == (*widths.shape, LEVELS)
         assert torch.equal(codec.tensors["key.levels"], pack_levels(books.of(widths), widths.tolist()))
+
+
+@pytest.mark.parametrize("stage", ["start", "codec"])
+def test_every_head_is_fitted_by_the_algorithm_that_its_plan_names(statistics, stage):
+    fits = (("kvsplice", None, "pca"), (None, "kvsplice_spline", "kvsplice"))
+    fit = FitByHead(statistics, "pca_spline")
+    plan = replace(plan_budget(fit.distortion, 96), fits=fits)
+    joined = getattr(fit, stage)(plan)
+    alone = {name: getattr(FITS[name](statistics), stage)(plan) for name in FITS}
+    for layer, names in enumerate(fits):
+        for head, name in enumerate(names):
+            for kind in ("key", "value"):
+                own, wanted = (getattr(codec, kind) for codec in (joined, alone[name or "pca_spline"]))
+                for field in ("analysis", "synthesis", "levels", "unit"):
+                    assert torch.equal(getattr(own, field)[layer, head], getattr(wanted, field)[layer, head])
+    # What the plan names makes a difference.
+    assert not torch.equal(alone["pca"].key.levels, alone["pca_spline"].key.levels)
+    assert fit.distortion.equal(FITS["pca_spline"](statistics).distortion)

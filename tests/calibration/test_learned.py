@@ -1,5 +1,6 @@
 """Codecs that are trained: on stored samples, and on what a model says."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from calibration.fit.coder import KindCoder
 from calibration.fit.errors import head_errors
 from calibration.fit.finetune import Schedule, finetune
 from calibration.fit.trainable import TrainableCodec
-from calibration.pipeline import Study, calibrate, study
+from calibration.pipeline import Study, calibrate, make, study
 from calibration.plan import plan_budget
 from calibration.recipe import CalibrationConfig
 from calibration.statistics import KindStatistics, Statistics
@@ -250,3 +251,14 @@ def test_calibrate_trains_and_says_so(model, recipe, tmp_path):
     assert header.split(",")[:4] == ["layer", "head", "kind", "bits"]
     assert len(rows) == 2 * 3 * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.csv", "out"]
+
+
+def test_an_artifact_names_the_algorithms_of_its_plan(model, recipe, tmp_path):
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"bits": 3, "per_layer_head": {"0/1": {"algo": "kvsplice"}}}))
+    settings = recipe.model_dump(exclude={"bits", "finetune", "steps"}, exclude_none=True) | {
+        "planner": "manual",
+        "plan": file,
+    }
+    made = make(str(model), CalibrationConfig(**settings))
+    assert made.manifest.provenance.fit == "pca and kvsplice"

@@ -52,6 +52,20 @@ def test_what_is_written_is_what_is_stored():
     assert made.planner == "manual"
 
 
+ALGORITHMS = {
+    "algo_default": "kvsplice",
+    "per_layer_head": {"6/8": {"algo": "pca"}, "6/9": {"rank": 8}, "7/0": {"algo": "none"}},
+}
+
+
+def test_heads_are_fitted_as_they_say():
+    made = plan(ALGORITHMS)
+    assert made.fits[6] == ("kvsplice",) * 8 + ("pca",) + ("kvsplice",) * 3
+    # Left in 8 bits, and fitted as others are.
+    assert made.fits[7][0] == "kvsplice"
+    assert plan({"per_layer_head": {"6/8": {"algo": "pca"}}}).fits[6] == (None,) * 8 + ("pca",) + (None,) * 3
+
+
 def test_heads_nobody_mentions_have_four_bits():
     assert (plan({"per_layer_head": {}}).widths == 4).all()
 
@@ -110,7 +124,7 @@ def write(tmp_path: Path, content: Any) -> Path:
         ({"per_layer_heads": {}}, r"global\.per_layer_heads: Extra inputs"),
         ({"per_layer_head": {"6/8": {"enable": True}}}, r"per_layer_head\.6/8\.enable: Extra inputs"),
         ({"per_layer_head": {"6/8": {"key": {"rnk": 8}}}}, r"per_layer_head\.6/8\.key\.rnk"),
-        ({"per_layer_head": {"6/8": {"algo": "kvspilce"}}}, r"6/8\.algo: Input should be 'kvsplice'"),
+        ({"per_layer_head": {"6/8": {"algo": "kvspilce"}}}, r"6/8\.algo: Input should be 'pca'"),
         ({"per_layer_head": {"6/8": {"bits": 9}}}, r"6/8\.bits: Input should be less than or equal to 8"),
         ({"global": {"target_memory_reduction": 1.5}}, "target_memory_reduction: Input should be less than 1"),
         ('{"per_layer_head": {"6/8": {}, "6/8": {"rank": 8}}}', "'6/8' is set twice"),
@@ -154,6 +168,11 @@ class TestFiles:
         assert torch.equal(back.widths, made.widths)
         assert (back.planner, back.reasons) == (made.planner, made.reasons)
         assert back.distortion == pytest.approx(made.distortion)
+
+    def test_so_do_the_algorithms_of_its_heads(self, tmp_path):
+        made = plan(ALGORITHMS)
+        file = write(tmp_path, describe(made, range(12), "gpt2", 0).model_dump_json())
+        assert read_plan(file, DISTORTION, range(12)).fits == made.fits
 
     def test_dense_layers_count_in_its_sizes(self, tmp_path):
         made = plan_by_fisher(DISTORTION, 6000)
