@@ -1,6 +1,6 @@
 """What the tests share: shapes, random codecs, paged memory, second formulations. Letters as in `vllm_kvsplice`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -260,6 +260,14 @@ class Step:
             read = r.restored_for(self.codec, self.window_size, self.whole_chunk)
             outputs += [dense_attention(q[None], *kv, self.scale) for q, kv in zip(r.query, read, strict=True)]
         return torch.cat(outputs)
+
+
+def with_tensors(step: Step, change: Callable[[Tensor], Tensor]) -> Step:
+    """The same step with every query, key and value changed, and pages of its own."""
+    requests = [
+        replace(r, **{name: change(getattr(r, name)) for name in ("query", "key", "value")}) for r in step.requests
+    ]
+    return replace(step, requests=requests, pages=step.pages.clone())
 
 
 def make_step(case: Case, codec: LayerCodec | None = None) -> Step:

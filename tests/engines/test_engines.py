@@ -1,12 +1,6 @@
-"""Every engine stores exactly the codec's bytes and attends to exactly what is stored.
+"""Every engine stores exactly the codec's bytes and attends to exactly what is stored."""
 
-The checks are plain functions of an engine. `PLANTED` runs each against an engine with one fault and expects it to notice.
-"""
-
-import inspect
-from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,185 +15,31 @@ from tests.cases import (
     ROTARIES,
     SINKS,
     Case,
-    Step,
     dense_attention,
-    expect,
     expect_close,
-    make_artifact,
     make_identity_codec,
     make_step,
-    make_tokens,
-    packed_by_hand,
     random_case,
     threads,
+    with_tensors,
 )
-from tests.engines.device import OnDevice
-from vllm_kvsplice import artifact as artifact_module
-from vllm_kvsplice.codec import LayerCodec
-from vllm_kvsplice.engines import Batch, Engine, Window, get_engine, reference
+from tests.engines.checks import (
+    ORDER_LIMIT,
+    STEP,
+    WINDOWED,
+    check_attention,
+    check_batching,
+    check_chunks,
+    check_poison,
+    check_ranks,
+    check_store,
+    check_strided,
+    oracle_limit,
+    order_limit,
+)
+from vllm_kvsplice.engines import get_engine, reference
 from vllm_kvsplice.engines.cpu import ISA_VARIABLE, CpuEngine, instruction_sets
 from vllm_kvsplice.errors import KVSpliceError
-
-# All relative to the largest output (about 3). Measured on the reference engine over every case below: 2.3e-6. The CPU
-# engine's queries have 16 bits and its probabilities 15: 7.8e-5; with AMX, where the mean keys of prompts have 16 bits as
-# well: 1.8e-4. bfloat16 rounds by 2e-3.
-ORACLE_LIMIT, CPU_ORACLE_LIMIT = 5e-6, 2e-4
-# Between two float32 runs of the reference that only sum in another order; measured: 1.8e-7. The CPU engine promises the
-# same bits, but not with AMX, which multiplies many rows in one way and few in another.
-ORDER_LIMIT = 1e-6
-
-STEP = Case(MIXED)
-WINDOWED = Case(MIXED, window=16)
-
-
-ON_GPU = [pytest.param("triton", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
-
-
-@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in instruction_sets()), *ON_GPU])
-def engine(request) -> Engine:
-    name, _, isa = request.param.partition("-")
-    return OnDevice() if name == "triton" else CpuEngine(isa) if isa else get_engine(name)
-
-
-def oracle_limit(engine: Engine) -> float:
-    return getattr(engine, "oracle_limit", CPU_ORACLE_LIMIT if hasattr(engine, "isa") else ORACLE_LIMIT)
-
-
-def order_limit(engine: Engine) -> float:
-    by_isa = {None: ORDER_LIMIT, "amx": CPU_ORACLE_LIMIT}
-    return getattr(engine, "order_limit", by_isa.get(getattr(engine, "isa", None), 0))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with threads(1):
-        yield
-
-
-# --- checks ---------------------------------------------------------------------------------------------------------
-
-
-def check_store(engine: Engine, case: Case = STEP) -> None:
-    """Random slots get the documented bytes, padding (-1) goes nowhere, every other byte survives."""
-    codec, blocks, random = case.codec(), 5, torch.Generator().manual_seed(case.seed)
-    pages = torch.full((blocks, codec.layout.token_bytes, case.block), CANARY, dtype=torch.uint8)
-    slots = torch.randperm(blocks * case.block, generator=random)[:17]
-    slots[torch.randperm(17, generator=random)[:3]] = -1
-    key, value, positions = make_tokens(codec, 17, seed=case.seed)
-    expected = pages.clone()
-    codes = codec.encode(key, value, positions).tolist()
-    for slot, row in zip(slots.tolist(), codes, strict=True):
-        if slot >= 0:
-            expected[slot // case.block, :, slot % case.block] = torch.tensor(list(packed_by_hand(codec.layout, row)))
-    engine.write(codec, key, value, positions, slots, pages)
-    expect(torch.equal(pages, expected), f"written slots and nothing else change as documented, {case}")
-
-
-def check_window_store(engine: Engine, case: Case = WINDOWED) -> None:
-    """The window's pages get each token's key and value as they are, padding (-1) goes nowhere."""
-    step = make_step(case).store(engine)
-    expected = torch.full_like(step.window_pages, torch.nan)
-    key, value, _ = step.tokens
-    size = step.window_pages.shape[2]
-    for slot, token in zip(step.window_slots.tolist(), torch.cat((key, value), -1), strict=True):
-        if slot >= 0:
-            expected[slot // size, :, slot % size] = token
-    same = (step.window_pages == expected) | (step.window_pages.isnan() & expected.isnan())
-    expect(same.all(), f"the window holds its tokens and nothing else changes, {case}")
-
-
-def check_chunks(engine: Engine, case: Case = STEP) -> None:
-    """However a sequence is cut into steps, its bytes are the same."""
-    whole = make_step(replace(case, sequences=((1, 65),))).store(engine)
-    for chunk in (1, 7, 16, 17, 64):
-        step = make_step(replace(case, sequences=((1, 65),)))
-        for part in zip(*(x.split(chunk) for x in (*step.tokens, step.slots)), strict=True):
-            engine.write(step.codec, *part, step.pages)
-        expect(torch.equal(step.pages, whole.pages), f"chunks of {chunk} store the same bytes, {case}")
-
-
-def check_attention(engine: Engine, case: Case = STEP) -> None:
-    """Attention over pages is dense attention over what the codec restores."""
-    step = make_step(case).store(engine)
-    expect_close(step.attend(engine), step.oracle(), oracle_limit(engine), f"attention equals the oracle, {case}")
-
-
-def check_poison(engine: Engine, case: Case = STEP) -> None:
-    """Bytes that no query of the step reads have no influence at all, in neither cache."""
-    step = make_step(case).store(engine)
-    before = step.attend(engine)
-    foreign = step.unread()[:, None].expand_as(step.pages)
-    noise = torch.randint(256, step.pages.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(case.seed))
-    for poison in (torch.tensor(0, dtype=torch.uint8), torch.tensor(255, dtype=torch.uint8), noise):
-        after = replace(poisoned_window(step, poison), pages=torch.where(foreign, poison, step.pages)).attend(engine)
-        expect(after.isfinite().all(), f"output is finite, {case}")
-        expect(torch.equal(before, after), f"foreign bytes have no influence, {case}")
-
-
-def poisoned_window(step: Step, poison: Tensor) -> Step:
-    """The same step with NaN or infinities wherever the exact window holds no token that one of its queries reads."""
-    if step.window_pages is None:
-        return step
-    foreign = torch.ones(step.window_pages.shape[0] * step.window_pages.shape[2], dtype=torch.bool)
-    foreign[step.window_slots[step.window_slots >= 0]] = False
-    foreign = foreign.view(-1, 1, step.window_pages.shape[2], 1)
-    return replace(
-        step, window_pages=step.window_pages.masked_fill(foreign, [torch.inf, torch.nan][int(poison.max() > 0)])
-    )
-
-
-def check_batching(engine: Engine, case: Case = STEP) -> None:
-    """A sequence's output does not depend on its neighbours in the step, nor on its place among them."""
-    step = make_step(case).store(engine)
-    together = step.attend(engine).split([len(r.query) for r in step.requests])
-    order = torch.randperm(len(together), generator=torch.Generator().manual_seed(1)).tolist()
-    shuffled = step.pick(order).attend(engine).split([len(together[i]) for i in order])
-    for place, index in enumerate(order):
-        alone = step.pick([index]).attend(engine)
-        expect_close(
-            together[index], alone, order_limit(engine), f"sequence {index} in a batch equals itself alone, {case}"
-        )
-        expect_close(
-            shuffled[place], alone, order_limit(engine), f"sequence {index} in any place equals itself alone, {case}"
-        )
-
-
-def check_strided(engine: Engine, case: Case = STEP) -> None:
-    """Pages of one layer among others' (only each page itself is contiguous) behave like pages alone."""
-    near = make_step(case).store(engine)
-    storage = torch.full((near.pages.shape[0], 3, *near.pages.shape[1:]), CANARY, dtype=torch.uint8)
-    far = replace(near, pages=storage[:, 1]).store(engine)
-    expect(torch.equal(far.pages, near.pages), "strided pages hold the same bytes")
-    expect((storage[:, 0::2] == CANARY).all(), "other layers' bytes survive")
-    storage[:, 0::2] = 255
-    expect(torch.equal(far.attend(engine), near.attend(engine)), "strided pages give the same output")
-
-
-def check_ranks(engine: Engine, heads: int = 6, ranks: int = 3) -> None:
-    """Tensor-parallel ranks side by side equal one rank."""
-    case = Case(MIXED, heads=heads, group=4, dim=32)
-    whole = make_step(case).store(engine)
-    artifact, outputs = make_artifact(whole.codec, case.group), []
-    for rank in range(ranks):
-        # vLLM hands a rank its share of the query heads in order, and the KV heads that those read.
-        queries = whole.query.shape[1] // ranks
-        own = slice(rank * heads // ranks, max((rank + 1) * heads // ranks, rank * heads // ranks + 1))
-        requests = [
-            replace(
-                r,
-                query=r.query[:, rank * queries : (rank + 1) * queries],
-                key=r.key[:, own],
-                value=r.value[:, own],
-            )
-            for r in whole.requests
-        ]
-        codec = artifact.layer_shard(0, rank, ranks)
-        pages = torch.full((len(whole.pages), codec.layout.token_bytes, case.block), CANARY, dtype=torch.uint8)
-        outputs.append(Step(codec, requests, pages, whole.scale).store(engine).attend(engine))
-    expect_close(torch.cat(outputs, 1), whole.attend(engine), order_limit(engine), f"{ranks} ranks equal one")
-
-
-# --- promises -------------------------------------------------------------------------------------------------------
 
 SHAPES = [
     Case(((1, 1),)),
@@ -326,14 +166,6 @@ def test_the_first_token_alone_attends_to_its_own_value(engine, sinks):
     )
 
 
-def with_tensors(step: Step, change: Callable[[Tensor], Tensor]) -> Step:
-    """The same step with every query, key and value changed, and pages of its own."""
-    requests = [
-        replace(r, **{name: change(getattr(r, name)) for name in ("query", "key", "value")}) for r in step.requests
-    ]
-    return replace(step, requests=requests, pages=step.pages.clone())
-
-
 def test_bfloat16_tokens_and_queries_are_treated_like_their_float32_copies(engine):
     narrow = with_tensors(make_step(STEP), Tensor.bfloat16)
     wide = with_tensors(narrow, Tensor.float)
@@ -449,210 +281,3 @@ def test_the_instruction_set_can_be_chosen(monkeypatch):
 def test_an_unknown_engine_is_refused_with_the_choices():
     with pytest.raises(KVSpliceError, match=r"'warp' is unknown; choose one of .*reference"):
         get_engine("warp")
-
-
-# --- planted bugs ---------------------------------------------------------------------------------------------------
-
-Fault = Callable[[Engine], Engine]
-
-
-def plant(method: str, change: Callable[..., dict]) -> Fault:
-    """A fault: `method` sees the arguments that `change` returns in place of the given ones."""
-    names = list(inspect.signature(getattr(reference, method)).parameters)
-
-    def fault(engine: Engine) -> Engine:
-        def faulty(*arguments: object) -> object:
-            # Shorter where a trailing argument keeps its default.
-            given = dict(zip(names, arguments, strict=False))
-            return getattr(engine, method)(*(given | change(**given)).values())
-
-        return with_method(engine, method, faulty)
-
-    return fault
-
-
-def with_method(engine: Engine, name: str, method: Callable) -> Engine:
-    kept = ("write", "write_window", "attend", "isa", "oracle_limit", "order_limit")
-    methods = {n: getattr(engine, n) for n in kept if hasattr(engine, n)}
-    return SimpleNamespace(**methods | {name: method})
-
-
-def recode(method: str, change: Callable[[LayerCodec], dict]) -> Fault:
-    """The fault that `method` works with a codec some of whose fields are others."""
-    return plant(method, lambda codec, **_: {"codec": replace(codec, **change(codec))})
-
-
-def rolled_levels(dim: int) -> Callable[[LayerCodec], dict]:
-    return lambda codec: {"key": replace(codec.key, levels=codec.key.levels.roll(1, dim))}
-
-
-def swapped_widths(codec: LayerCodec) -> dict:
-    return {"layout": replace(codec.layout, key=codec.layout.value, value=codec.layout.key)}
-
-
-def mean_as_sink(codec: LayerCodec) -> dict:
-    return {"value": replace(codec.value, sink=codec.value.mean)}
-
-
-def every_sink_coded(codec: LayerCodec) -> dict:
-    return {"key": replace(codec.key, sink_scale=torch.ones_like(codec.key.sink_scale))}
-
-
-def no_rotary(codec: LayerCodec) -> dict:
-    return {"rotary": None}
-
-
-def no_causal_mask(batch: Batch, **_: object) -> dict:
-    counts = batch.query_start.diff()
-    start = torch.arange(int(batch.query_start[-1]) + 1, dtype=torch.int32)
-    rows = [x.repeat_interleave(counts, 0) for x in (batch.seq_lens, batch.block_table)]
-    return {"batch": Batch(start, *rows)}
-
-
-def in_batch(change: Callable[[Batch], dict]) -> Callable[..., dict]:
-    return lambda batch, **_: {"batch": replace(batch, **change(batch))}
-
-
-def in_window(change: Callable[[Window], dict]) -> Callable[..., dict]:
-    return lambda window, **_: {"window": replace(window, **change(window))}
-
-
-def clear_rest_of_blocks(slots: Tensor, pages: Tensor, **_: object) -> dict:
-    pages[slots[slots >= 0] // pages.shape[2]] = 0
-    return {}
-
-
-def raw_keys(engine: Engine) -> Engine:
-    """Attends to the dense keys and values that were written, not to the stored ones."""
-    raw: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def write(codec, key, value, positions, slots, pages):
-        raw.update(zip(slots.tolist(), zip(key, value, strict=True), strict=True))
-
-    def attend(codec, query, pages, batch, scale, window):
-        outputs, size, starts = [], pages.shape[2], batch.query_start.tolist()
-        for start, end, table, length in zip(starts, starts[1:], batch.block_table, batch.seq_lens, strict=False):
-            pairs = [raw[int(table[j // size]) * size + j % size] for j in range(length)]
-            key, value = (torch.stack(x) for x in zip(*pairs, strict=True))
-            outputs.append(dense_attention(query[start:end], key, value, scale))
-        return torch.cat(outputs)
-
-    return SimpleNamespace(write=write, write_window=engine.write_window, attend=attend)
-
-
-def next_slot(slots: Tensor, pages: Tensor, **_: object) -> dict:
-    return {"slots": torch.where(slots < 0, slots, (slots + 1) % (len(pages) * pages.shape[2]))}
-
-
-def padding_to_the_last_slot(slots: Tensor, pages: Tensor, **_: object) -> dict:
-    return {"slots": slots % (len(pages) * pages.shape[2])}
-
-
-def without_gaps(pages: Tensor, **_: object) -> dict:
-    return {"pages": pages.as_strided(pages.shape, (pages[0].numel(), pages.stride(1), 1))}
-
-
-def query_heads_by_turns(query: Tensor, **_: object) -> dict:
-    return {"query": query.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)}
-
-
-def windowed(check: Callable[..., None]) -> Callable[[Engine], None]:
-    return lambda engine: check(engine, WINDOWED)
-
-
-def window_padding_written(slots: Tensor, pages: Tensor, **_: object) -> dict:
-    return {"slots": slots % (len(pages) * pages.shape[2])}
-
-
-PLANTED: dict[str, tuple[Fault, Callable[[Engine], None]]] = {
-    "slot off by one": (plant("write", next_slot), check_attention),
-    "padding written": (plant("write", padding_to_the_last_slot), check_store),
-    "rest of the block cleared": (plant("write", clear_rest_of_blocks), check_store),
-    "heads swapped": (plant("write", lambda key, **_: {"key": key.flip(1)}), check_store),
-    "keys and values swapped": (plant("write", lambda key, value, **_: {"key": value, "value": key}), check_store),
-    "position off by one": (plant("write", lambda positions, **_: {"positions": positions + 1}), check_store),
-    "positions counted from the step": (
-        plant("write", lambda positions, **_: {"positions": positions - positions.min()}),
-        check_chunks,
-    ),
-    "rotation dropped when writing": (recode("write", no_rotary), check_store),
-    "rotation dropped when reading": (recode("attend", no_rotary), check_attention),
-    "widths of another head": (recode("write", lambda codec: {"layout": codec.layout.shard([1, 0], 0)}), check_store),
-    "keys' and values' widths swapped": (recode("attend", swapped_widths), check_attention),
-    "codebook of another head": (recode("attend", rolled_levels(0)), check_attention),
-    "codebook of the next group": (recode("attend", rolled_levels(1)), check_attention),
-    "levels off by one": (recode("attend", rolled_levels(2)), check_attention),
-    "sink missing": (recode("attend", mean_as_sink), check_attention),
-    "sink read in the units of ordinary tokens": (recode("attend", every_sink_coded), check_attention),
-    "scale wrong": (plant("attend", lambda scale, **_: {"scale": scale * 1.001}), check_attention),
-    "causal mask ignored": (plant("attend", no_causal_mask), check_attention),
-    "query heads of another group": (plant("attend", query_heads_by_turns), check_attention),
-    "raw keys instead of stored ones": (raw_keys, check_attention),
-    "stale tail read": (
-        plant("attend", in_batch(lambda batch: {"seq_lens": batch.seq_lens + 1})),
-        check_poison,
-    ),
-    "null block read": (
-        plant("attend", in_batch(lambda batch: {"block_table": batch.block_table * (batch.block_table != 3)})),
-        check_poison,
-    ),
-    "another sequence's blocks": (
-        plant("attend", in_batch(lambda batch: {"block_table": batch.block_table.roll(1, 0)})),
-        check_batching,
-    ),
-    "length of the longest sequence": (
-        plant("attend", in_batch(lambda batch: {"seq_lens": batch.seq_lens.max().expand_as(batch.seq_lens)})),
-        check_batching,
-    ),
-    "window one token too wide": (
-        plant("attend", in_window(lambda window: {"size": window.size + 1})),
-        windowed(check_attention),
-    ),
-    "window one token too narrow": (
-        plant("attend", in_window(lambda window: {"size": window.size - 1})),
-        windowed(check_attention),
-    ),
-    "window ignored": (plant("attend", lambda **_: {"window": None}), windowed(check_attention)),
-    "window of another sequence": (
-        plant("attend", in_window(lambda window: {"block_table": window.block_table.roll(1, 0)})),
-        windowed(check_batching),
-    ),
-    "window of the whole step": (
-        plant("attend", in_window(lambda window: {"whole_chunk": True})),
-        windowed(check_attention),
-    ),
-    "window's heads swapped": (
-        plant("write_window", lambda key, **_: {"key": key.flip(1)}),
-        windowed(check_attention),
-    ),
-    "window's keys and values swapped": (
-        plant("write_window", lambda key, value, **_: {"key": value, "value": key}),
-        windowed(check_attention),
-    ),
-    "window's padding written": (
-        plant("write_window", window_padding_written),
-        windowed(check_window_store),
-    ),
-    "gaps between pages ignored": (plant("write", without_gaps), check_strided),
-    "a copy of the pages written": (plant("write", lambda pages, **_: {"pages": pages.contiguous()}), check_strided),
-}
-
-
-@pytest.mark.parametrize(("fault", "check"), PLANTED.values(), ids=PLANTED)
-def test_planted_bug_is_caught(engine, fault, check):
-    check(engine)
-    with pytest.raises(AssertionError, match="broken promise"):
-        check(fault(engine))
-
-
-WRONG_SLICES = {
-    "ranks interleaved": lambda heads, rank, ranks: list(range(heads))[rank::ranks],
-    "first rank's heads everywhere": lambda heads, rank, ranks: list(range(heads // ranks)),
-}
-
-
-@pytest.mark.parametrize("slices", WRONG_SLICES.values(), ids=WRONG_SLICES)
-def test_planted_wrong_rank_slice_is_caught(engine, monkeypatch, slices):
-    monkeypatch.setattr(artifact_module, "heads_of_rank", slices)
-    with pytest.raises(AssertionError, match="broken promise"):
-        check_ranks(engine, heads=6, ranks=3)

@@ -13,10 +13,22 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from tests.cases import CANARY, GOLDEN, Case, NoHostReads, expect_close, make_step, make_tokens, random_case, threads
+from tests.cases import (
+    CANARY,
+    GOLDEN,
+    Case,
+    NoHostReads,
+    expect_close,
+    make_step,
+    make_tokens,
+    random_case,
+    with_tensors,
+)
+from tests.engines import checks
 from tests.engines import test_engines as grid
+from tests.engines import test_planted as planted
 from tests.engines.device import DEVICE, OnDevice
-from vllm_kvsplice.engines import reference
+from vllm_kvsplice.engines import Batch, reference
 from vllm_kvsplice.engines.triton import TritonEngine, attention
 
 pytestmark = pytest.mark.triton
@@ -38,12 +50,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    with threads(1):
-        yield
-
-
 @pytest.fixture
 def engine() -> OnDevice:
     return OnDevice()
@@ -51,7 +57,7 @@ def engine() -> OnDevice:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_equals_dense_attention_over_what_the_codec_restores(engine, case):
-    grid.check_attention(engine, case)
+    checks.check_attention(engine, case)
 
 
 @pytest.mark.parametrize("width", GOLDEN)
@@ -61,8 +67,8 @@ def test_stored_bytes_are_the_hand_worked_ones(engine, width):
 
 def test_random_writes_change_their_slots_and_nothing_else(engine):
     for seed in range(20):
-        grid.check_store(engine, random_case(seed))
-    grid.check_window_store(engine, SMALL_WINDOW)
+        checks.check_store(engine, random_case(seed))
+    checks.check_window_store(engine, SMALL_WINDOW)
 
 
 def test_codes_are_the_references(engine):
@@ -78,12 +84,12 @@ def test_codes_are_the_references(engine):
 
 @pytest.mark.parametrize("case", [SMALL, SMALL_WINDOW], ids=str)
 def test_nothing_but_its_own_tokens_has_influence(engine, case):
-    grid.check_poison(engine, case)
-    grid.check_batching(engine, case)
+    checks.check_poison(engine, case)
+    checks.check_batching(engine, case)
 
 
 def test_pages_may_lie_apart_and_far_away(engine):
-    grid.check_strided(engine, SMALL)
+    checks.check_strided(engine, SMALL)
     grid.test_pages_past_2_and_4_gib_behave_like_near_ones(engine, grid.GIB)
 
 
@@ -111,13 +117,13 @@ FAULTS = [
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_bug_is_caught(engine, name):
-    grid.test_planted_bug_is_caught(engine, *grid.PLANTED[name])
+    planted.test_planted_bug_is_caught(engine, *planted.PLANTED[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_windows_of_all_dtypes_are_read_and_written(engine, dtype):
     step = make_step(SMALL_WINDOW)
-    step = replace(grid.with_tensors(step, lambda x: x.to(dtype)), window_pages=step.window_pages.to(dtype))
+    step = replace(with_tensors(step, lambda x: x.to(dtype)), window_pages=step.window_pages.to(dtype))
     expected = step.store(reference).attend(reference)
     # Probabilities of exact tokens are rounded to the window's type.
     limit = max(engine.oracle_limit, torch.finfo(dtype).eps)
@@ -160,7 +166,7 @@ def test_a_captured_graph_serves_other_lengths():
     def run() -> torch.Tensor:
         query, pages, *batch, window_pages, table = buffers
         window = replace(long.window, pages=window_pages, block_table=table)
-        return engine.attend(codec, query, pages, grid.Batch(*batch), long.scale, window)
+        return engine.attend(codec, query, pages, Batch(*batch), long.scale, window)
 
     def fill(tensors: list[torch.Tensor]) -> None:
         for buffer, tensor in zip(buffers, tensors, strict=True):

@@ -10,6 +10,7 @@
 // layer; `factors` are what a row's mean series has for them there. Numbers of 16 bits are two bytes, so a product of two
 // is one of high bytes, worth 256, and two of a high and a low one; keys and values are single bytes and cost two.
 #include "avx512.h"
+#include "schedule.h"
 
 namespace kvsplice {
 namespace {

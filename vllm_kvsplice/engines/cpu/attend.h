@@ -17,6 +17,7 @@
 #pragma once
 
 #include "vectors.h"
+#include "window.h"
 
 namespace kvsplice {
 namespace {
@@ -72,14 +73,10 @@ struct Block {
     int64_t partials;  // where this block's partial results lie
 };
 
-// Rows that attend to the exact window together.
-constexpr int kExactRows = 4;
-
 // Everything a thread needs for a block of at most M rows.
 template <int M>
 struct Workspace {
-    float *query, *absorbed, *pairs, *turned, *scores, *partial, *state, *exact_keys, *exact_values, *first_key,
-        *first_value;
+    float *query, *absorbed, *pairs, *turned, *scores, *partial, *state, *first_key, *first_value;
     int16_t *quantised, *probability, *unpacked;
     int32_t* sums;
     uint8_t* tiles;
@@ -94,12 +91,6 @@ struct State {
     float* latents() { return reinterpret_cast<float*>(this + 1); }
 };
 
-template <class T>
-void place(char*& at, T*& where, int64_t count) {
-    where = reinterpret_cast<T*>(at);
-    at += round_up(count * sizeof(T), 64);
-}
-
 struct Nobody {
     template <class A>
     void lay_out(char*&, const A&) {}
@@ -112,6 +103,7 @@ struct Attention {
     const Step& step;
     const Layer& layer;
     Workspace<kRows> w;
+    ExactWindow window;
     typename Isa::Prompt prompt;
     const Block* next = nullptr;
     int dim, pairs, key_latents, value_latents, state_size, partial_size;
@@ -141,8 +133,6 @@ struct Attention {
         place(at, w.scores, kFewRows * kSplit);
         place(at, w.partial, kRows * partial_size);
         place(at, w.state, kRows * state_size);
-        place(at, w.exact_keys, kTile * dim);
-        place(at, w.exact_values, kTile * dim);
         place(at, w.first_key, round_up(key_latents, 16));
         place(at, w.first_value, round_up(value_latents, 16));
         place(at, w.quantised, kFewRows * round_up(key_latents, 64));
@@ -150,6 +140,7 @@ struct Attention {
         place(at, w.unpacked, most(Isa::key_places(key_latents), Isa::value_places(value_latents)));
         place(at, w.sums, kFewRows * round_up(value_latents, 64));
         place(at, w.tiles, kSplit * planes);
+        window.lay_out(at, *this);
         prompt.lay_out(at, *this);
     }
 
@@ -475,90 +466,10 @@ struct Attention {
         return 1;
     }
 
-    // --- the exact window --------------------------------------------------------------------------------------------
-
-    void attend_window(const Block& b) {
-        int64_t begin = b.context, end = 0;
-        for (int row = 0; row < b.rows; ++row) {
-            begin = least(begin, most<int64_t>(0, w.begin[row]));
-            end = most(end, w.last[row] + 1);
-        }
-        for (int64_t base = begin / kTile * kTile; base < end; base += kTile) {
-            const int from = static_cast<int>(most<int64_t>(0, begin - base)),
-                      until = static_cast<int>(least<int64_t>(kTile, end - base));
-            load_window(b, base, from, until);
-            for (int row = 0; row < b.rows; row += kExactRows) attend_exact(row, least(kExactRows, b.rows - row), base);
-        }
-    }
-
-    // Keys [D, 64] and values [64, D] in float32; only tokens that some row of the block reads.
-    void load_window(const Block& b, int64_t base, int from, int until) {
-        const Window& window = step.window;
-        const int32_t* blocks = window.table + b.sequence * window.table_stride;
-        float key[kMaxDim];
-        for (int t = from; t < until; ++t) {
-            const int64_t position = base + t;
-            const uint8_t* token =
-                window.data + blocks[position / window.block] * window.block_stride + b.head * window.head_stride;
-            const int64_t offset = position % window.block * 2 * dim;
-            load_row(token, window.dtype, offset, dim, key);
-            for (int d = 0; d < dim; ++d) w.exact_keys[d * kTile + t] = key[d];
-            load_row(token, window.dtype, offset + dim, dim, w.exact_values + t * dim);
-        }
-    }
-
-    // Rows that stand together read much the same tokens of a tile: scores and sums are products of all of them, in which what a
-    // row does not read has no weight.
-    void attend_exact(int first, int rows, int64_t base) {
-        int begin[kExactRows], end[kExactRows], from = kTile, until = 0;
-        for (int i = 0; i < rows; ++i) {
-            begin[i] = static_cast<int>(most<int64_t>(0, w.begin[first + i] - base));
-            end[i] = static_cast<int>(least<int64_t>(kTile, w.last[first + i] + 1 - base));
-            if (begin[i] >= end[i]) continue;
-            from = least(from, begin[i]);
-            until = most(until, end[i]);
-        }
-        if (until <= from) return;
-        const int start = from / 16 * 16, width = static_cast<int>(round_up(until, 16)) - start;
-        alignas(64) float weights[kExactRows][kTile];
-        float share[kExactRows], values[kExactRows][kMaxDim];
-        const int64_t stride = round_up(dim, 16);
-        combine({w.query + first * stride, stride, dim, w.exact_keys + start, kTile, width, weights[0] + start, kTile},
-                rows);
-        for (int i = 0; i < rows; ++i) share[i] = weigh_exact(first + i, begin[i], end[i], start, width, weights[i]);
-        combine({weights[0] + from, kTile, until - from, w.exact_values + from * dim, dim, dim, values[0], kMaxDim},
-                rows);
-        for (int i = 0; i < rows; ++i)
-            for (int d = 0; d < dim; ++d) exact(first + i)[d] += values[i][d] * share[i];
-    }
-
-    // From scores to weights of a row that reads tokens `begin` to `end` of a tile; returns what its weights count by.
-    float weigh_exact(int row, int begin, int end, int start, int width, float* weights) {
-        if (begin >= end) {
-            std::memset(weights + start, 0, width * sizeof(float));
-            return 0;
-        }
-        Wholes ramp;
-        for (int i = 0; i < kRegister; ++i) ramp[i] = i;
-        const auto read = [&](int t) { return (ramp + t >= begin) & (ramp + t < end); };
-        Register top = Register{} + kNever, total{};
-        for (int t = start; t < start + width; t += kRegister)
-            top = larger(top, read(t) ? load<Register>(weights + t) : Register{} + kNever);
-        const float largest_score = largest(top);
-        for (int t = start; t < start + width; t += kRegister) {
-            const Register p = read(t) ? exp2_below(load<Register>(weights + t) - largest_score) : Register{};
-            total += p;
-            store(weights + t, p);
-        }
-        const float share = rescale(row, largest_score);
-        state(row).total += sum_of(total) * share;
-        return share;
-    }
-
     // --- after the context -------------------------------------------------------------------------------------------
 
     void finish(const Block& b) {
-        if (step.window.size) attend_window(b);
+        if (step.window.size) window.attend(*this, b);
         const Half& half = layer.value[b.head];
         // Queries are done with: their place takes the outputs.
         combine({state(0).latents(), state_size, half.latents, half.synthesis, dim, dim, w.query, round_up(dim, 16)},
@@ -576,126 +487,6 @@ struct Attention {
         }
     }
 };
-
-// --- who does what --------------------------------------------------------------------------------------------------
-
-// Splits times rows times dimensions: below about 20 microseconds of work, waking threads costs more than it saves.
-constexpr int64_t kWorthThreads = 2048;
-
-struct Plan {
-    Block* blocks;
-    int count;
-    int64_t range;  // splits a task takes at most
-    int64_t tasks;
-    int64_t partial_rows;  // in all blocks that several threads share
-};
-
-// A block that several threads share keeps one partial result of every row a split, or a range of splits where an `Isa` has
-// its own way; whoever finishes last merges them in order.
-inline Plan plan(const Step& step, int most_rows, Block* blocks, int& threads) {
-    Plan made{blocks, 0, 0, 0, 0};
-    int64_t splits = 0, work = 0;
-    // Head by head, so that its matrices are at hand for the next sequence.
-    for (int h = 0; h < step.layer->heads; ++h)
-        for (int s = 0; s < step.sequences; ++s) {
-            const int64_t queries = step.query_start[s + 1] - step.query_start[s], rows = queries * step.group;
-            const int64_t context = step.seq_lens[s];
-            for (int64_t first = 0; first < rows; first += most_rows) {
-                Block b{};
-                b.sequence = s;
-                b.head = h;
-                b.first = static_cast<int>(first);
-                b.rows = static_cast<int>(least<int64_t>(most_rows, rows - first));
-                b.query = step.query_start[s];
-                b.context = context;
-                b.queries = queries;
-                int64_t stored = context - queries + (first + b.rows - 1) / step.group + 1 - step.window.size;
-                if (step.window.size && step.window.whole_chunk) stored = least(stored, context - queries);
-                b.splits = static_cast<int>(ceil_div(most<int64_t>(0, stored), kSplit));
-                splits += b.splits;
-                work += static_cast<int64_t>(b.splits + 1) * b.rows * step.layer->dim;
-                blocks[made.count++] = b;
-            }
-        }
-    if (work < kWorthThreads) threads = 1;
-    // Eight tasks a thread even out what blocks of different lengths leave idle.
-    made.range = threads > 1 ? most<int64_t>(1, ceil_div(splits, 8 * threads)) : INT32_MAX;
-    for (int i = 0; i < made.count; ++i) {
-        Block& b = blocks[i];
-        b.ranges = b.pending = static_cast<int>(most<int64_t>(1, ceil_div(b.splits, made.range)));
-        b.partials = made.partial_rows;
-        if (b.ranges > 1) made.partial_rows += static_cast<int64_t>(b.splits) * b.rows;
-        made.tasks += b.ranges;
-    }
-    return made;
-}
-
-template <class Isa>
-void run_task(Attention<Isa>& a, Block& b, int range, int64_t length, float* partials) {
-    a.prepare(b);
-    const int first = static_cast<int>(range * length),
-              last = static_cast<int>(least<int64_t>(b.splits, first + length));
-    const bool shared = b.ranges > 1, many = b.rows > Isa::kFewRows;
-    const auto partial = [&](int part) {
-        return shared ? partials + (b.partials + part * b.rows) * a.partial_size : a.w.partial;
-    };
-    if (!shared) a.start(b);
-    if constexpr (Isa::kRows > Isa::kFewRows)
-        if (many) {
-            a.prompt.attend(a, b, first, last, partial(range));
-            if (!shared) a.merge(b, partial(range));
-        }
-    for (int split = first; !many && split < last; ++split) {
-        a.attend_split(b, split, partial(split));
-        if (!shared) a.merge(b, partial(split));
-    }
-    if (shared) {
-        if (__atomic_sub_fetch(&b.pending, 1, __ATOMIC_ACQ_REL)) return;
-        a.start(b);
-        for (int part = 0; part < (many ? b.ranges : b.splits); ++part) a.merge(b, partial(part));
-    }
-    a.finish(b);
-}
-
-template <class Isa>
-void attend(const Step& step) {
-    int64_t capacity = 0;
-    for (int s = 0; s < step.sequences; ++s)
-        capacity +=
-            step.layer->heads *
-            ceil_div(static_cast<int64_t>(step.query_start[s + 1] - step.query_start[s]) * step.group, Isa::kRows);
-    Block* blocks = static_cast<Block*>(allocate(capacity * sizeof(Block)));
-    int threads = step.threads;
-    const Plan made = plan(step, Isa::kRows, blocks, threads);
-    int partial_size = 0;
-    for (int h = 0; h < step.layer->heads; ++h) partial_size = most(partial_size, step.layer->value[h].latents);
-    float* partials =
-        static_cast<float*>(allocate(made.partial_rows * (round_up(partial_size, 16) + 2) * sizeof(float)));
-    int next_block = 0, next_range = 0;
-    threads = static_cast<int>(least<int64_t>(threads, made.tasks));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const typename Isa::Session session;
-        Attention<Isa> attention(step);
-        for (;;) {
-            int block, range;
-#pragma omp critical(kvsplice_next_task)
-            {
-                block = next_block;
-                range = next_range++;
-                if (block < made.count && next_range == blocks[block].ranges) {
-                    ++next_block;
-                    next_range = 0;
-                }
-            }
-            if (block >= made.count) break;
-            attention.next = block + threads < made.count ? blocks + block + threads : nullptr;
-            run_task(attention, blocks[block], range, made.range, partials);
-        }
-    }
-    release(partials);
-    release(blocks);
-}
 
 }  // namespace
 }  // namespace kvsplice

@@ -1,4 +1,5 @@
 // AVX2 and FMA.
+#include "schedule.h"
 #include "wide.h"
 
 namespace kvsplice {

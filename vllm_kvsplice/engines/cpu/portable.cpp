@@ -1,4 +1,5 @@
 // Any processor.
+#include "schedule.h"
 #include "wide.h"
 
 namespace kvsplice {

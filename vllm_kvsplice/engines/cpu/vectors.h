@@ -185,5 +185,12 @@ KV_INLINE Floats products(const float* a, const float* b, int count) {
     return sum + load(last);
 }
 
+// Take memory for `count` numbers at `at`, from a place of 64 bytes on.
+template <class T>
+void place(char*& at, T*& where, int64_t count) {
+    where = reinterpret_cast<T*>(at);
+    at += round_up(count * sizeof(T), 64);
+}
+
 }  // namespace
 }  // namespace kvsplice
