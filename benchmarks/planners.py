@@ -19,11 +19,12 @@ from transformers import AutoTokenizer
 
 from calibration.evaluate import evaluate
 from calibration.models import default_model, load_model
-from calibration.pipeline import Study, steps, study
 from calibration.plan import Plan
 from calibration.planners import make_plan
 from calibration.planners.tiers import TierRule
+from calibration.progress import steps
 from calibration.recipe import CalibrationConfig
+from calibration.study import Study, study
 from calibration.text import read_text, token_windows
 
 # Bits per element at which all planners are compared.

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 
 from calibration.models import default_model, load_model
-from calibration.pipeline import steps
+from calibration.progress import steps
 from calibration.text import read_text, token_windows
 from vllm_kvsplice.artifact import Artifact, load_artifact
 from vllm_kvsplice.huggingface import KVSpliceCache

@@ -19,7 +19,7 @@ from benchmarks.server import STOCK_BLOCK
 from calibration.attention import Reading
 from calibration.evaluate import evaluate
 from calibration.models import default_model, load_model
-from calibration.pipeline import steps
+from calibration.progress import steps
 from calibration.text import read_text, token_windows
 from vllm_kvsplice.artifact import Artifact, load_artifact
 from vllm_kvsplice.serving.plugin import WINDOWED_BLOCK_MULTIPLE

@@ -7,11 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calibration.attention import ATTENTION, tapped
+from calibration.progress import console
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.rotary import Rotary
 
@@ -24,8 +24,6 @@ _NONLINEAR_ROPE = ("dynamic", "longrope")
 # Relative error allowed between rotated keys and keys at shifted positions. SmolLM2 in bfloat16: 0.01 with the right
 # rotation, 0.3 to 0.7 with the wrong pairing.
 _ROTATION_TOLERANCE = 0.1
-
-console = Console(stderr=True)
 
 
 def cache_directory() -> Path:
@@ -177,3 +175,9 @@ def _keys_at(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> dict[
     with torch.no_grad(), tapped(model, keep):
         model(tokens, position_ids=positions, use_cache=False)
     return found
+
+
+def short_name(source: Source) -> str:
+    """A path on the machine that calibrated means nothing elsewhere."""
+    model = source if isinstance(source, str) else source[0].name_or_path or type(source[0]).__name__
+    return Path(model).name if Path(model).exists() else model

@@ -16,8 +16,10 @@ NAMED = ("pydoc", "wikitext")
 _SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 # One window in so many is set as a conversation.
 CHAT_EVERY = 4
-# Tokens that a model says in one go: later ones cost more and wander off.
-_PIECE = 512
+# Tokens that a model says in one go: shorter pieces are of more kinds, still shorter ones hardly text (DECISIONS.md).
+_PIECE = 128
+# Pieces at once: more would need more memory and be hardly faster.
+_PIECES_AT_ONCE = 64
 # Enough characters for any window: natural text has 3 to 6 per token.
 _CHARACTERS_PER_TOKEN = 12
 
@@ -154,23 +156,29 @@ def own_text(model: PreTrainedModel, count: int, context: int, seed: int) -> Ten
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            # Type checkers find a tensor where transformers mixes this method in.
-            tokens = model.generate(  # type: ignore[operator]
-                first.to(model.device),
-                attention_mask=torch.ones_like(first).to(model.device),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=length - 1,
-                max_new_tokens=length - 1,
-                pad_token_id=0,
-            )
+            said = [_continued(model, some, length) for some in first.split(_PIECES_AT_ONCE)]
     except RuntimeError as error:
         raise KVSpliceError(
             f"the model cannot say anything ({error}); if its probabilities are not finite, its weights are damaged"
         ) from error
-    return tokens.cpu().view(count, pieces * length)[:, :context]
+    return torch.cat(said).view(count, pieces * length)[:, :context]
+
+
+def _continued(model: PreTrainedModel, first: Tensor, length: int) -> Tensor:
+    """`first` tokens [P, 1] and what the model says after each, [P, length], sampled as it is."""
+    # Type checkers find a tensor where transformers mixes this method in.
+    said: Tensor = model.generate(  # type: ignore[operator]
+        first.to(model.device),
+        attention_mask=torch.ones_like(first).to(model.device),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=length - 1,
+        max_new_tokens=length - 1,
+        pad_token_id=0,
+    )
+    return said.cpu()
 
 
 def _as_conversation(tokenizer: PreTrainedTokenizerBase, text: str, context: int) -> Tensor:

@@ -12,9 +12,10 @@ from calibration.compare.methods import KVSplice, Method
 from calibration.compare.peers import PEERS, rank_peers
 from calibration.compare.spline_first import spline_first
 from calibration.models import load_model, longest_context
-from calibration.pipeline import steps, study
 from calibration.plan import plan_budget
+from calibration.progress import steps
 from calibration.recipe import CalibrationConfig
+from calibration.study import study
 from calibration.text import NAMED, read_text, token_windows
 from vllm_kvsplice.artifact import Artifact, load_artifact
 from vllm_kvsplice.errors import KVSpliceError
@@ -34,7 +35,7 @@ class Settings:
         fit: what to fit our codecs and truncated rank on; None: neither.
         artifacts: directories of artifacts that are judged as well.
         windows, context, recent: windows of text, their tokens, and W of the exact window.
-        statistics: measurements are kept here, as in `calibration.pipeline.study`.
+        statistics: measurements are kept here, as in `calibration.study.study`.
 
     """
 

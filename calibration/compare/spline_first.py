@@ -13,9 +13,9 @@ from torch import Tensor
 from calibration.compare.methods import KVSplice
 from calibration.fit import FITS
 from calibration.fit.splines import MonotoneSpline
-from calibration.pipeline import Study
 from calibration.plan import plan_budget
 from calibration.statistics import KindStatistics
+from calibration.study import Study
 from vllm_kvsplice.artifact import Artifact
 
 # Probabilities at the knots, and samples that they are estimated from.

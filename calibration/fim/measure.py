@@ -10,8 +10,10 @@ from calibration.fim.attention import WINDOWS, by_head
 from calibration.fim.linear import map_metrics
 from calibration.fim.runs import PREFIX, Run, make_run, named
 from calibration.fit.transform import residual_covariance
-from calibration.pipeline import Study, short_name, steps
+from calibration.models import short_name
+from calibration.progress import steps
 from calibration.statistics import KindStatistics
+from calibration.study import Study
 
 # Of attention's spectra, whose tails say little; those of keys and values are kept whole.
 KEPT_EIGENVALUES = 64

@@ -16,10 +16,11 @@ from calibration.fit.coder import KindCoder
 from calibration.fit.errors import head_errors
 from calibration.fit.finetune import Schedule, finetune
 from calibration.fit.trainable import TrainableCodec
-from calibration.pipeline import Study, calibrate, make, study
+from calibration.pipeline import calibrate, make
 from calibration.plan import plan_budget
 from calibration.recipe import CalibrationConfig
 from calibration.statistics import KindStatistics, Statistics
+from calibration.study import Study, study
 from tests.models import TEXT, tiny_model
 from vllm_kvsplice.artifact import load_artifact
 from vllm_kvsplice.errors import KVSpliceError

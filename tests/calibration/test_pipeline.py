@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from calibration import pipeline
+from calibration import pipeline, study
 from calibration.attention import AS_STORED, Reading, tapped
 from calibration.evaluate import compressing_tap, evaluate
 from calibration.models import load_model
@@ -83,7 +83,7 @@ class TestEveryFamily:
     def test_quality_of_eight_bits_is_that_of_the_model(self, calibrated):
         quality = calibrated.artifacts[8.0].manifest.quality
         assert abs(quality.change_percent) < 2
-        assert quality.tokens == pipeline.QUALITY_WINDOWS * 63
+        assert quality.tokens == study.QUALITY_WINDOWS * 63
         assert (quality.mode, quality.context) == ("all", 64)
 
     def test_logits_come_closer_with_every_bit(self, calibrated):

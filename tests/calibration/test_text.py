@@ -188,6 +188,7 @@ class TestOwnText:
 
     def test_windows_are_whole_whatever_their_length(self, model, monkeypatch):
         monkeypatch.setattr(text_module, "_PIECE", 20)
+        monkeypatch.setattr(text_module, "_PIECES_AT_ONCE", 2)
         for context in (16, 20, 50):
             windows = own_text(model, 3, context, seed=0)
             assert windows.shape == (3, context)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from calibration.attention import Reading, tapped
 from calibration.compare.spline_first import fit_warp, spline_first
-from calibration.pipeline import Study, study
 from calibration.recipe import CalibrationConfig
+from calibration.study import Study, study
 from tests.huggingface.agreement import agree
 from tests.models import TEXT, tiny_model
 from vllm_kvsplice.errors import KVSpliceError

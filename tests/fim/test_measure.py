@@ -11,8 +11,8 @@ from calibration.fim.callback import FimCallback, FimFollower
 from calibration.fim.linear import map_metrics, weight_spectrum
 from calibration.fim.measure import fim_run
 from calibration.fim.runs import Run
-from calibration.pipeline import study
 from calibration.recipe import CalibrationConfig
+from calibration.study import study
 from tests.models import FAMILIES, TEXT, VOCAB, tiny_model
 
 WINDOWS = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(0))

@@ -91,7 +91,7 @@ class TestCalibration:
 
     def test_it_is_the_artifact_that_the_command_makes(self, llama: Tiny, recipe, tmp_path: Path, monkeypatch) -> None:
         # The command measures in bfloat16 where the processor has it.
-        monkeypatch.setattr("calibration.pipeline.fast_dtype", lambda: torch.float32)
+        monkeypatch.setattr("calibration.study.fast_dtype", lambda: torch.float32)
         made = calibrate(str(llama.directory), tmp_path / "out", CalibrationConfig(**recipe))
         for model in (str(llama.directory), AutoModelForCausalLM.from_pretrained(llama.directory)):
             artifact = calibrate_kv_compressor(model, **recipe)

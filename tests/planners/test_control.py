@@ -11,10 +11,10 @@ from torch import Tensor
 from calibration.attention import tapped
 from calibration.evaluate import compressing_tap
 from calibration.models import load_model
-from calibration.pipeline import Study, study
 from calibration.plan import Plan
 from calibration.planners import make_plan
 from calibration.recipe import CalibrationConfig
+from calibration.study import Study, study
 from calibration.text import token_windows
 from tests.models import TEXT, tiny_model, tiny_tokenizer
 

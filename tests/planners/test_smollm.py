@@ -7,9 +7,9 @@ import torch
 
 from calibration.evaluate import evaluate
 from calibration.models import load_model
-from calibration.pipeline import study
 from calibration.planners import make_plan
 from calibration.recipe import CalibrationConfig
+from calibration.study import study
 
 pytestmark = pytest.mark.model
 

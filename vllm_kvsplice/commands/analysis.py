@@ -67,8 +67,9 @@ def fim(
 
 def _measured(model: str, name: str | None, statistics: Path | None, **settings: int | str | None) -> "Run":
     from calibration.fim.measure import fim_run
-    from calibration.pipeline import short_name, study
+    from calibration.models import short_name
     from calibration.recipe import read_config
+    from calibration.study import study
 
     return fim_run(study(model, read_config(None, **settings), statistics), name or short_name(model))
 
