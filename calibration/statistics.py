@@ -26,7 +26,7 @@ FISHER_FLOOR = 0.05
 # First tokens from which the sink at position 0 is measured.
 SINK_TOKENS = 256
 # Names what a file of measurements holds; files of another are measured anew.
-_FORMAT = b"positions and weights"
+_FORMAT = b"positions and weights, own text in pieces of 128"
 # The sink and the tokens it still colours say nothing about ordinary tokens.
 FIRST_ORDINARY = 4
 

@@ -40,8 +40,6 @@ from vllm_kvsplice.rotary import Rotary
 QUALITY_WINDOWS = 2
 # Others, on which a size is searched for: what was fitted to is no judge.
 SEARCH_WINDOWS = 2
-# Of the tokens to measure and to finetune on, those that the model says by itself (DECISIONS.md).
-OWN_SHARE = 3 / 8
 # To finetune on, and to judge that by.
 TRAINING_WINDOWS, FINETUNE_WINDOWS = 96, 2
 DEFAULT_CONTEXT = 1024
@@ -86,7 +84,8 @@ class Study:
 
     def text_to_finetune_on(self) -> Tensor:
         """Token ids [W, T], among them what the model says itself; with another seed than what was measured."""
-        return _with_own_text(self.model, self.training, _own(TRAINING_WINDOWS), self.config.seed + 1)
+        own = self.corpus.own(TRAINING_WINDOWS)
+        return _with_own_text(self.model, self.training, own, self.config.seed + 1)
 
     @property
     def shape(self) -> ModelShape:
@@ -172,18 +171,13 @@ def study(source: Source, config: CalibrationConfig, statistics_file: Path | Non
         raise KVSpliceError(f"windows of {context} tokens exceed the {longest} the model reads; lower --context")
     rotary = rotary_of(model)
     count = max(1, config.tokens // context)
-    windows = calibration_windows(tokenizer, corpus.fit, count - _own(count), context)
+    windows = calibration_windows(tokenizer, corpus.fit, count - corpus.own(count), context)
     training = windows[:0]
     if config.finetune:
-        training = calibration_windows(tokenizer, corpus.fit, TRAINING_WINDOWS - _own(TRAINING_WINDOWS), context)
+        training = calibration_windows(tokenizer, corpus.fit, TRAINING_WINDOWS - corpus.own(TRAINING_WINDOWS), context)
     held_out = _held_out(tokenizer, corpus.held_out, config, context)
-    statistics = _measure(model, windows, _own(count), rotary, config.seed, statistics_file)
+    statistics = _measure(model, windows, corpus.own(count), rotary, config.seed, statistics_file)
     return Study(source, model, rotary, corpus, windows, training, held_out, statistics, config)
-
-
-def _own(count: int) -> int:
-    """How many of `count` windows the model says itself."""
-    return int(count * OWN_SHARE)
 
 
 def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, config: CalibrationConfig, context: int) -> HeldOut:

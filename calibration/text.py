@@ -24,13 +24,30 @@ _PIECES_AT_ONCE = 64
 _CHARACTERS_PER_TOKEN = 12
 
 
+# Of the tokens to fit to, those that the model says by itself: beside text like that to be served, and beside text of no
+# domain in particular (DECISIONS.md).
+OWN_SHARE, OWN_SHARE_ANYWHERE = 1 / 2, 3 / 4
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """Text for fitting and text that fitting never sees, and where both come from."""
+    """Text for fitting and text that fitting never sees, and where both come from.
+
+    Attributes:
+        name: of the text.
+        fit, held_out: the text.
+        own_share: of the tokens to fit to, those that the model says by itself.
+
+    """
 
     name: str
     fit: str
     held_out: str
+    own_share: float = OWN_SHARE
+
+    def own(self, count: int) -> int:
+        """How many of `count` windows the model says by itself."""
+        return int(count * self.own_share)
 
     @property
     def sha256(self) -> str:
@@ -51,7 +68,7 @@ def load_corpus(source: str) -> Corpus:
         from pydoc_data.topics import topics
 
         text = "\n\n".join(topics[key] for key in sorted(topics))
-        return Corpus(source, text[: len(text) // 2], text[len(text) // 2 :])
+        return Corpus(source, text[: len(text) // 2], text[len(text) // 2 :], OWN_SHARE_ANYWHERE)
     if source == "wikitext":
         return Corpus(source, _wikitext("train"), _wikitext("validation"))
     text = read_text(source)

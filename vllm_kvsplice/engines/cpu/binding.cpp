@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "codec.h"
+#include "numbers.h"
 
 namespace kvsplice {
 namespace {
@@ -351,11 +351,9 @@ void write_window(const Tensor& key, const Tensor& value, const Tensor& slots, c
         for (int64_t h = 0; h < heads; ++h)
             for (int kind = 0; kind < 2; ++kind) {
                 const Tokens& source = sources[kind];
-                float row[kMaxDim];
-                load_row(source.data, source.dtype, t * source.token_stride + h * source.head_stride, dim, row);
-                store_row(row, dtype,
-                          slot / block * pages.stride(0) + h * pages.stride(1) + (slot % block * 2 + kind) * dim, dim,
-                          pages.data_ptr());
+                copy_row(source.data, source.dtype, t * source.token_stride + h * source.head_stride, dim,
+                         pages.data_ptr(), dtype,
+                         slot / block * pages.stride(0) + h * pages.stride(1) + (slot % block * 2 + kind) * dim);
             }
     }
 }

@@ -1,10 +1,8 @@
 // What all instruction sets share. Compiled without fused multiply-adds: residuals must round as the reference's do.
 #include "codec.h"
 
-#include <bit>
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 
 namespace kvsplice {
@@ -41,51 +39,6 @@ void* scratch(size_t bytes) {
         held.size = bytes;
     }
     return held.memory;
-}
-
-static float from_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
-static uint32_t to_bits(float value) { return std::bit_cast<uint32_t>(value); }
-
-void load_row(const void* data, Dtype dtype, int64_t offset, int count, float* out) {
-    if (dtype == Dtype::kFloat32) {
-        std::memcpy(out, static_cast<const float*>(data) + offset, count * sizeof(float));
-        return;
-    }
-    const uint16_t* row = static_cast<const uint16_t*>(data) + offset;
-    if (dtype == Dtype::kBfloat16) {
-        for (int i = 0; i < count; ++i) out[i] = from_bits(static_cast<uint32_t>(row[i]) << 16);
-        return;
-    }
-    // A half's exponent and fraction moved into place read as the same number times 2^-112, subnormal ones too.
-    for (int i = 0; i < count; ++i) {
-        const uint32_t sign = static_cast<uint32_t>(row[i] & 0x8000) << 16;
-        const float size = from_bits(static_cast<uint32_t>(row[i] & 0x7fff) << 13) * 0x1p112f;
-        out[i] = from_bits(to_bits(size) | sign);
-    }
-}
-
-static uint16_t to_bfloat16(float value) {
-    const uint32_t bits = to_bits(value);
-    if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-static uint16_t to_float16(float value) {
-    const uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-    if (size > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
-    if (size >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
-    // Below the smallest normal half: adding 0.5 leaves the rounded fraction in the low bits.
-    if (size < 0x38800000) return static_cast<uint16_t>(sign | (to_bits(from_bits(size) + 0.5f) - 0x3f000000));
-    return static_cast<uint16_t>(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
-}
-
-void store_row(const float* row, Dtype dtype, int64_t offset, int count, void* out) {
-    if (dtype == Dtype::kFloat32) {
-        std::memcpy(static_cast<float*>(out) + offset, row, count * sizeof(float));
-        return;
-    }
-    uint16_t* to = static_cast<uint16_t*>(out) + offset;
-    for (int i = 0; i < count; ++i) to[i] = dtype == Dtype::kBfloat16 ? to_bfloat16(row[i]) : to_float16(row[i]);
 }
 
 void residual(const Layer& layer, const Half& half, bool key, int64_t position, const float* x, float* out) {

@@ -173,9 +173,6 @@ extern const Kernels kPortable, kAvx2, kAvx512, kAmx;
 void* scratch(size_t bytes);
 void* allocate(size_t bytes);
 void release(void* memory);
-// One row of D numbers in any dtype as float32, and back.
-void load_row(const void* data, Dtype dtype, int64_t offset, int count, float* out);
-void store_row(const float* row, Dtype dtype, int64_t offset, int count, void* out);
 // x - m(position) in float32, rounded like the reference engine's: [D].
 void residual(const Layer& layer, const Half& half, bool key, int64_t position, const float* x, float* out);
 

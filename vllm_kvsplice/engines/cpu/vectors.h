@@ -6,10 +6,9 @@
 #include <immintrin.h>
 #endif
 
-#include <cstring>
 #include <utility>
 
-#include "codec.h"
+#include "numbers.h"
 
 namespace kvsplice {
 namespace {

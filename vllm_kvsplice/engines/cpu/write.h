@@ -115,7 +115,9 @@ inline void write_half(const Writing& writing, const Half& half, const Tokens& s
     double difference[kTokens][kMaxDim] = {};
     for (int t = 0; t < count; ++t) {
         float x[kMaxDim];
-        load_row(source.data, source.dtype, tokens[t] * source.token_stride + head * source.head_stride, dim, x);
+        const int64_t at = tokens[t] * source.token_stride + head * source.head_stride;
+        ask_row(source.data, source.dtype, at + 2 * kTokens * source.token_stride, dim);
+        load_row(source.data, source.dtype, at, dim, x);
         float narrow[kMaxDim];
         residual(*writing.layer, half, key, writing.positions[tokens[t]], x, narrow);
         for (int d = 0; d < dim; ++d) difference[t][d] = narrow[d];
