@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from calibration import pipeline, study
+from calibration import study
 from calibration.attention import AS_STORED, Reading, tapped
 from calibration.evaluate import compressing_tap, evaluate
 from calibration.models import load_model
@@ -191,7 +191,7 @@ class TestMeasurements:
     def test_second_calibration_at_other_bits_measures_nothing(self, llama, recipe, tmp_path, monkeypatch):
         kept = tmp_path / "statistics.safetensors"
         calibrate(str(llama), tmp_path / "4", recipe, kept)
-        monkeypatch.setattr(pipeline, "collect", refuse_to_measure)
+        monkeypatch.setattr(study, "collect", refuse_to_measure)
         fewer = recipe.model_copy(update={"bits": 3.0})
         calibrate(str(llama), tmp_path / "3", fewer, kept)
         assert load_artifact(tmp_path / "3").bits_per_element == pytest.approx(3, abs=0.1)
@@ -200,7 +200,7 @@ class TestMeasurements:
     def test_measurements_on_other_terms_are_made_anew(self, change, llama, recipe, tmp_path, monkeypatch):
         kept = tmp_path / "statistics.safetensors"
         calibrate(str(llama), tmp_path / "4", recipe, kept)
-        monkeypatch.setattr(pipeline, "collect", refuse_to_measure)
+        monkeypatch.setattr(study, "collect", refuse_to_measure)
         with pytest.raises(AssertionError, match="measured again"):
             calibrate(str(llama), tmp_path / "again", recipe.model_copy(update=change), kept)
 
@@ -271,7 +271,7 @@ class TestRefusals:
     def test_text_too_short_to_hold_a_window_out_is_found_before_anything_is_measured(
         self, llama, recipe, tmp_path, monkeypatch
     ):
-        monkeypatch.setattr(pipeline, "collect", refuse_to_measure)
+        monkeypatch.setattr(study, "collect", refuse_to_measure)
         (tmp_path / "short.txt").write_text(TEXT[:600])
         with pytest.raises(KVSpliceError, match="fewer than one window of 64"):
             calibrate(str(llama), tmp_path / "out", recipe.model_copy(update={"text": str(tmp_path / "short.txt")}))
@@ -345,5 +345,5 @@ class TestRecipes:
             read_config(tmp_path / "nowhere.yaml")
 
     def test_every_recipe_that_is_shipped_is_valid(self):
-        for file in (Path(pipeline.__file__).parent.parent / "configs").glob("*.yaml"):
+        for file in (Path(study.__file__).parent.parent / "configs").glob("*.yaml"):
             read_config(file)
