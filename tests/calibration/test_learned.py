@@ -33,7 +33,7 @@ STEPS = 120
 def recipe(tmp_path_factory) -> CalibrationConfig:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(TEXT)
-    return CalibrationConfig(bits=2, text=str(file), tokens=1024, context=64, finetune=True, steps=STEPS)
+    return CalibrationConfig(bits=2, text=str(file), tokens=2048, context=64, finetune=True, steps=STEPS)
 
 
 @pytest.fixture(scope="module")
