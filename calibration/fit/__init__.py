@@ -42,14 +42,13 @@ class FitByHead:
     """The algorithm that a plan names for a head, and `default` for all others; distortions are those of `default`."""
 
     def __init__(self, statistics: Statistics, default: FitName) -> None:
-        self._statistics = statistics
-        self._default = FITS[default](statistics)
-        self._made = {default: self._default}
+        self._statistics, self._default = statistics, default
+        self._made: dict[FitName, Fit] = {}
 
     @property
     def distortion(self) -> Tensor:
         """Fisher-weighted squared error of each group at widths 0..8, [2, L, H, G, 9]."""
-        return self._default.distortion
+        return self._fit(self._default).distortion
 
     def start(self, plan: Plan) -> FittedCodec:
         """The codec of `plan` before training, if any."""
@@ -59,12 +58,17 @@ class FitByHead:
         """The codec of `plan`."""
         return self._joined(plan, lambda fit: fit.codec(plan))
 
+    def _fit(self, name: FitName) -> Fit:
+        if name not in self._made:
+            self._made[name] = FITS[name](self._statistics)
+        return self._made[name]
+
     def _joined(self, plan: Plan, codec_of: Callable[[Fit], FittedCodec]) -> FittedCodec:
-        joined = codec_of(self._default)
-        for name in sorted({name for heads in plan.fits for name in heads if name}):
-            if name not in self._made:
-                self._made[name] = FITS[name](self._statistics)
-            chosen = torch.tensor([[own == name for own in heads] for heads in plan.fits])
-            other = codec_of(self._made[name])
+        names = [[name or self._default for name in heads] for heads in plan.fits] or [[self._default]]
+        first, *others = sorted({name for heads in names for name in heads})
+        joined = codec_of(self._fit(first))
+        for name in others:
+            chosen = torch.tensor([[own == name for own in heads] for heads in names])
+            other = codec_of(self._fit(name))
             joined = FittedCodec(plan, choose(chosen, other.key, joined.key), choose(chosen, other.value, joined.value))
         return joined
