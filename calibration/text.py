@@ -16,17 +16,15 @@ NAMED = ("pydoc", "wikitext")
 _SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 # One window in so many is set as a conversation.
 CHAT_EVERY = 4
+# Of the tokens to fit to, those that the model says by itself: beside text like that to be served, and beside text of no
+# domain in particular (DECISIONS.md).
+OWN_SHARE, OWN_SHARE_ANYWHERE = 1 / 2, 3 / 4
 # Tokens that a model says in one go: shorter pieces are of more kinds, still shorter ones hardly text (DECISIONS.md).
 _PIECE = 128
 # Pieces at once: more would need more memory and be hardly faster.
 _PIECES_AT_ONCE = 64
 # Enough characters for any window: natural text has 3 to 6 per token.
 _CHARACTERS_PER_TOKEN = 12
-
-
-# Of the tokens to fit to, those that the model says by itself: beside text like that to be served, and beside text of no
-# domain in particular (DECISIONS.md).
-OWN_SHARE, OWN_SHARE_ANYWHERE = 1 / 2, 3 / 4
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,9 @@ struct Block {
     int64_t partials;  // where this block's partial results lie
 };
 
+// How many rows before a query is read its memory is asked for.
+constexpr int kRowsAhead = 8;
+
 // Everything a thread needs for a block of at most M rows.
 template <int M>
 struct Workspace {
@@ -84,9 +87,6 @@ struct Workspace {
     int32_t offset[M];
     int64_t stored[M], begin[M], last[M];  // stored positions end, exact ones begin and end
 };
-
-// How long before a query is read its memory is asked for.
-constexpr int kRowsAhead = 8;
 
 // A row's softmax so far, relative to 2^top: weights, then latents [R], then exact values [D].
 struct State {

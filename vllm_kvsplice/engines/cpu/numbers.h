@@ -53,6 +53,7 @@ inline void ask_row(const void* data, Dtype dtype, int64_t offset, int count) {
     for (int64_t byte = 0; byte < count * bytes_of(dtype); byte += 64) __builtin_prefetch(row + byte);
 }
 
+// And back, rounded to even.
 inline void store_row(const float* row, Dtype dtype, int64_t offset, int count, void* out) {
     uint16_t* to = static_cast<uint16_t*>(out) + offset;
     if (dtype == Dtype::kFloat32)
@@ -63,6 +64,7 @@ inline void store_row(const float* row, Dtype dtype, int64_t offset, int count, 
         for (int i = 0; i < count; ++i) to[i] = to_float16(row[i]);
 }
 
+// From one type to another, or as it is.
 inline void copy_row(const void* data, Dtype dtype, int64_t offset, int count, void* out, Dtype out_dtype,
                      int64_t out_offset) {
     if (dtype == out_dtype) {

@@ -9,7 +9,7 @@ namespace {
 // Rows that attend together: those that stand together read much the same tokens of a tile.
 constexpr int kExactRows = 4;
 
-// `A` is the Attention that it is a part of: rows' queries, states and places are there.
+// `A` is the Attention that it is a part of, with rows' queries, states and places; `Block` is that of attend.h.
 struct ExactWindow {
     float *keys, *values;  // of a tile in float32, [D, 64] and [64, D]
 

@@ -116,6 +116,7 @@ inline void write_half(const Writing& writing, const Half& half, const Tokens& s
     for (int t = 0; t < count; ++t) {
         float x[kMaxDim];
         const int64_t at = tokens[t] * source.token_stride + head * source.head_stride;
+        // Of the pass after next: a twentieth of the time.
         ask_row(source.data, source.dtype, at + 2 * kTokens * source.token_stride, dim);
         load_row(source.data, source.dtype, at, dim, x);
         float narrow[kMaxDim];
