@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calibration.attention import tapped
+from calibration.text import PIECE
 from vllm_kvsplice.artifact import ModelShape
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.rotary import Rotary
@@ -26,7 +27,7 @@ FISHER_FLOOR = 0.05
 # First tokens from which the sink at position 0 is measured.
 SINK_TOKENS = 256
 # Names what a file of measurements holds; files of another are measured anew.
-_FORMAT = b"positions and weights, own text in pieces of 128"
+_FORMAT = b"positions and weights"
 # The sink and the tokens it still colours say nothing about ordinary tokens.
 FIRST_ORDINARY = 4
 
@@ -233,7 +234,7 @@ def fingerprint(model: PreTrainedModel, windows: Tensor, own: int, seed: int) ->
         digest.update(name.encode())
         digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     digest.update(str(tuple(windows.shape)).encode() + windows.numpy().tobytes())
-    digest.update(f"{own} {seed}".encode())
+    digest.update(f"{own} {PIECE} {seed}".encode())
     return digest.hexdigest()
 
 

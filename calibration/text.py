@@ -20,7 +20,7 @@ CHAT_EVERY = 4
 # domain in particular (DECISIONS.md).
 OWN_SHARE, OWN_SHARE_ANYWHERE = 1 / 2, 3 / 4
 # Tokens that a model says in one go: shorter pieces are of more kinds, still shorter ones hardly text (DECISIONS.md).
-_PIECE = 128
+PIECE = 128
 # Pieces at once: more would need more memory and be hardly faster.
 _PIECES_AT_ONCE = 64
 # Enough characters for any window: natural text has 3 to 6 per token.
@@ -164,7 +164,7 @@ def own_text(model: PreTrainedModel, count: int, context: int, seed: int) -> Ten
         KVSpliceError: the model computes nonsense, or there is no memory for it.
 
     """
-    pieces = math.ceil(context / _PIECE)
+    pieces = math.ceil(context / PIECE)
     length = math.ceil(context / pieces)
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(model.config.get_text_config().vocab_size, (count * pieces, 1), generator=generator)

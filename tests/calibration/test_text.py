@@ -187,7 +187,7 @@ class TestOwnText:
         return load_model(str(tiny_model("llama", tmp_path_factory.mktemp("llama"))), torch.float32)[0]
 
     def test_windows_are_whole_whatever_their_length(self, model, monkeypatch):
-        monkeypatch.setattr(text_module, "_PIECE", 20)
+        monkeypatch.setattr(text_module, "PIECE", 20)
         monkeypatch.setattr(text_module, "_PIECES_AT_ONCE", 2)
         for context in (16, 20, 50):
             windows = own_text(model, 3, context, seed=0)
