@@ -49,7 +49,7 @@ class ClosedForm:
                 KindCoder(
                     mean=kind.mean,
                     analysis=transform.analysis,
-                    synthesis=transform.synthesis,
+                    synthesis=transform.synthesis * books.gain_of(widths)[..., None, :],
                     importance=transform.importance,
                     widths=widths,
                     levels=books.of(widths),

@@ -21,6 +21,11 @@ _FINE = 6
 _REACHES = tuple(0.95**step for step in range(28))
 # Share of each histogram that is spread evenly over all bins: the outliers that the sample happens not to hold.
 _UNSEEN = 1e-4
+# Latents of other text, and of a model that reads through the codec, are wider than those measured (DECISIONS.md).
+_BROADER = 1.15
+# What the part of an error costs that is proportional to the latent, beside what any error costs: tokens share it, so it
+# does not average out where attention adds them up (docs/codec.md).
+SHARED = 2.0
 
 
 @dataclass(frozen=True)
@@ -30,17 +35,23 @@ class Codebooks:
     Attributes:
         levels: by width, [L, H, G, 2**b], whole numbers.
         unit: what one of them stands for, in standard deviations of the group's latents, [L, H, G, 9].
+        gain: what latents read are multiplied by, because the nearest level is too small on average, [L, H, G, 9].
         distortion: [L, H, G, 9].
 
     """
 
     levels: list[Tensor]
     unit: Tensor
+    gain: Tensor
     distortion: Tensor
 
     def unit_of(self, widths: Tensor) -> Tensor:
         """Of each latent under a plan's `widths` [L, H, G]: [L, H, R]."""
-        return self.unit.gather(-1, widths[..., None])[..., 0].repeat_interleave(GROUP, -1)
+        return _of_latents(self.unit, widths)
+
+    def gain_of(self, widths: Tensor) -> Tensor:
+        """Of each latent under a plan's `widths` [L, H, G]: [L, H, R]."""
+        return _of_latents(self.gain, widths)
 
     def of(self, widths: Tensor) -> Tensor:
         """The codebooks [L, H, G, 256] of a plan's `widths` [L, H, G]; past 2**b they repeat the last level."""
@@ -49,6 +60,11 @@ class Codebooks:
             padded = torch.cat((levels, levels[..., -1:].expand(*widths.shape, LEVELS - levels.shape[-1])), -1)
             chosen = torch.where((widths == width)[..., None], padded, chosen)
         return chosen
+
+
+def _of_latents(by_width: Tensor, widths: Tensor) -> Tensor:
+    """Of `by_width` [L, H, G, 9] what `widths` [L, H, G] choose, for each latent: [L, H, R]."""
+    return by_width.gather(-1, widths[..., None])[..., 0].repeat_interleave(GROUP, -1)
 
 
 def fit_codebooks(
@@ -73,22 +89,24 @@ def fit_codebooks(
         ]
     )
     shape, flat = histogram.shape[:-1], histogram.flatten(0, -2)
-    levels, units, distortion = [], [], []
+    levels, units, gains, distortion = [], [], [], []
     for width in range(MAX_WIDTH + 1):
         # Without bits a latent is its mean.
         wanted = level_fit(flat, width) if width else torch.zeros(len(flat), 1)
-        fitted, unit, left = whole_levels(flat, wanted)
+        fitted, unit = whole_levels(flat, wanted)
+        gain, left = read_back(flat, fitted * unit[:, None])
         levels.append(fitted.view(*shape, -1))
         units.append(unit.view(shape))
+        gains.append(gain.view(shape))
         distortion.append(left.view(shape))
-    return Codebooks(levels, torch.stack(units, -1), torch.stack(distortion, -1).float())
+    return Codebooks(levels, *(torch.stack(tensors, -1).float() for tensors in (units, gains, distortion)))
 
 
 def _histogram(latents: Tensor, weight: Tensor, importance: Tensor) -> Tensor:
     """Weighted share of each bin, float64 [H, G, bins], from latents [H, R, n], weights [H, n] and importance [H, R]."""
     heads, count, samples = latents.shape
     bins = int(2 * _REACH * _BINS_PER_UNIT)
-    index = ((latents + _REACH) * _BINS_PER_UNIT).clamp_(0, bins - 1).long()
+    index = ((latents * _BROADER + _REACH) * _BINS_PER_UNIT).clamp_(0, bins - 1).long()
     index += torch.arange(heads * count).view(heads, count, 1) * bins
     each = weight[:, None].expand_as(latents).flatten().double()
     counts = torch.bincount(index.flatten(), each, minlength=heads * count * bins).view(heads, count, bins)
@@ -108,8 +126,8 @@ def lloyd_max(histogram: Tensor, width: int) -> Tensor:
     return levels.float()
 
 
-def whole_levels(histogram: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`levels` [M, K] of M histograms as whole numbers of a unit: those numbers, the units [M], and the error left [M]."""
+def whole_levels(histogram: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """`levels` [M, K] of M histograms as whole numbers of a unit: those numbers, and the units [M]."""
     count, moments = levels.shape[1], moments_of(histogram)
     rank = torch.arange(count, dtype=torch.float64)
     # The least and the largest number that leave room for the levels before and after.
@@ -124,7 +142,22 @@ def whole_levels(histogram: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Ten
     error, units, wholes = (torch.stack(candidates) for candidates in zip(*found, strict=True))
     best = error.argmin(0)
     row = torch.arange(len(levels))
-    return wholes[best, row].float(), units[best, row].float(), error[best, row]
+    return wholes[best, row].float(), units[best, row].float()
+
+
+def read_back(histogram: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """The gain of `levels` [M, K] that costs least on M histograms, and what is left, [M] each.
+
+    With q the nearest level of a latent z and g the gain, an error g q - z has a part (s - 1) z, where s = g E[qz] / E[zz]:
+    Lloyd's levels shrink (s < 1). The cost is E[(g q - z)^2] + SHARED (s - 1)^2 E[zz].
+    """
+    weight, first, second = _cells(levels.double(), moments_of(histogram))
+    energy = second.sum(-1).clamp_min(1e-300)
+    along, own = (levels * first).sum(-1) / energy, (levels**2 * weight).sum(-1) / energy
+    curvature = (own + SHARED * along**2).clamp_min(1e-300)
+    gain = (1 + SHARED) * along / curvature
+    left = (1 + SHARED) * (1 - gain * along).clamp_min(0)
+    return gain, left * energy
 
 
 def moments_of(histogram: Tensor) -> list[Tensor]:

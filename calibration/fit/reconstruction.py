@@ -1,4 +1,4 @@
-"""`kvsplice`, phase 1: transforms and codebooks learned on stored samples, for least Fisher-weighted error after coding.
+"""`kvsplice`, phase 1: transforms and codebooks learned on stored samples, so that coding costs least.
 
 Transform and decoder are trained through the quantiser; now and then codebooks are fitted anew to the latents that came of
 it. Every head is judged on samples that it was not trained on, and keeps what it started from where that is better.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calibration.fit.closed_form import ClosedForm
-from calibration.fit.codebooks import LevelFit, fit_codebooks
+from calibration.fit.codebooks import SHARED, LevelFit, fit_codebooks
 from calibration.fit.coder import FittedCodec, KindCoder, choose
 from calibration.fit.trainable import TrainableKind, latent_error
 from calibration.plan import Plan
@@ -64,11 +64,12 @@ class _Samples:
         return _Samples(self.residual[:, :, chosen], self.weight[:, :, chosen])
 
 
-def weighted_errors(kind: TrainableKind, metric: KindCoder, samples: _Samples) -> Tensor:
-    """Fisher-weighted squared error of reading back `samples`, in the metric of `metric`: mean of each head, [L, H]."""
-    residual = samples.residual.float()
-    latents = metric.analysis @ (kind(residual) - residual).mT
-    return ((latents.square() * metric.importance[..., None]).sum(-2) * samples.weight).mean(-1)
+def reading_cost(kind: TrainableKind, metric: KindCoder, samples: _Samples) -> Tensor:
+    """What reading back `samples` costs in the metric of `metric`, as `codebooks.read_back` counts it: [L, H]."""
+    residual, weight = samples.residual.float(), samples.weight[:, :, None]
+    latents, error = metric.analysis @ residual.mT, metric.analysis @ (kind(residual) - residual).mT
+    shared = (error * latents * weight).mean(-1)
+    return (((error.square() * weight).mean(-1) + SHARED * shared.square()) * metric.importance).sum(-1)
 
 
 def _train(start: KindCoder, statistics: KindStatistics, level_fit: LevelFit, error: float) -> KindCoder:
@@ -85,12 +86,12 @@ def _train(start: KindCoder, statistics: KindStatistics, level_fit: LevelFit, er
         batch = training.at(torch.randint(training.weight.shape[2], (_BATCH,), generator=generator))
         optimizer.zero_grad()
         # In units of what is expected, so that the optimiser sees no tiny numbers.
-        (weighted_errors(kind, start, batch).sum() / error).backward()
+        (reading_cost(kind, start, batch).sum() / error).backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
         coder = kind.coder()
-        before, after = (weighted_errors(k, start, held_out) for k in (TrainableKind(start, error), kind))
+        before, after = (reading_cost(k, start, held_out) for k in (TrainableKind(start, error), kind))
     return choose(after < before, coder, start)
 
 

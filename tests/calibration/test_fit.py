@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calibration.fit import FITS, FitByHead
-from calibration.fit.codebooks import Codebooks, fit_codebooks, lloyd_max, moments_of, squared_error, whole_levels
+from calibration.fit.codebooks import (
+    Codebooks,
+    fit_codebooks,
+    lloyd_max,
+    moments_of,
+    read_back,
+    squared_error,
+    whole_levels,
+)
 from calibration.fit.coder import fit_sinks
 from calibration.fit.splines import MonotoneSpline, spline_levels
 from calibration.fit.transform import Transform, weighted_klt
@@ -276,26 +284,29 @@ class TestSplines:
 class TestWholeLevels:
     @pytest.mark.parametrize("width", range(MAX_WIDTH + 1))
     @pytest.mark.parametrize("shape", SHAPES | DEGENERATE)
-    def test_levels_are_whole_numbers_that_ascend_and_the_stated_distortion_is_true(self, shape, width):
+    def test_levels_are_whole_numbers_that_ascend_and_their_error_is_stated_truly(self, shape, width):
         histogram = (SHAPES | DEGENERATE)[shape]
-        levels, unit, left = whole_levels(histogram, lloyd_max(histogram, width))
+        levels, unit = whole_levels(histogram, lloyd_max(histogram, width))
         assert torch.equal(levels, levels.round())
         assert (levels.diff() > 0).all()
         assert levels.min() >= -128
         assert levels.max() <= 127
         assert (unit > 0).all()
         exact = distortion_of(histogram, levels[0].double() * unit)
-        assert float(left) == pytest.approx(exact, rel=0.02, abs=float(histogram.sum()) / PER_UNIT**2 / 4)
+        assert stated(histogram, levels * unit) == pytest.approx(
+            exact, rel=0.02, abs=float(histogram.sum()) / PER_UNIT**2 / 4
+        )
 
     # The last is a uniform quantiser of 256 levels: its optimum for a Gaussian is 1.7 times Lloyd and Max's.
     @pytest.mark.parametrize(("width", "limit"), [(1, 1.001), (2, 1.001), (3, 1.005), (4, 1.01), (5, 1.05), (6, 1.2)])
     def test_whole_numbers_cost_little(self, width, limit):
         levels = lloyd_max(gaussian(), width)
-        assert whole_levels(gaussian(), levels)[2] <= stated(gaussian(), levels) * limit
+        whole, unit = whole_levels(gaussian(), levels)
+        assert stated(gaussian(), whole * unit) <= stated(gaussian(), levels) * limit
 
     @pytest.mark.parametrize("width", [7, 8])
     def test_many_levels_come_close_to_the_best_uniform_quantiser(self, width):
-        levels, unit, _ = whole_levels(gaussian(), lloyd_max(gaussian(), width))
+        levels, unit = whole_levels(gaussian(), lloyd_max(gaussian(), width))
         left = distortion_of(gaussian(), levels[0].double() * unit)
         uniform = min(
             distortion_of(gaussian(), torch.arange(0.5 - 2 ** (width - 1), 2 ** (width - 1)) * step / 1000)
@@ -305,17 +316,59 @@ class TestWholeLevels:
         assert left <= uniform * (1.05 if width == 7 else 1.2)
 
 
+def reading_cost(latents: Tensor, read: Tensor, weight: Tensor) -> Tensor:
+    """What reading `latents` [.., n] as `read` costs, by definition: errors proportional to the latent count threefold."""
+    error = read - latents
+    along = (error * latents * weight).sum(-1, keepdim=True) / (latents.square() * weight).sum(-1, keepdim=True)
+    shared = along * latents
+    return ((error - shared).square() * weight).sum(-1) + 3 * (shared.square() * weight).sum(-1)
+
+
+class TestReadingBack:
+    @pytest.mark.parametrize("width", [1, 2, 3, 4, 5])
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_no_other_gain_costs_less_and_the_stated_cost_is_true(self, shape, width):
+        levels = lloyd_max(SHAPES[shape], width).double()
+        nearest = levels[0, (CENTRES[:, None] - levels).abs().argmin(1)]
+        gain, left = read_back(SHAPES[shape], levels)
+        costs = [
+            float(reading_cost(CENTRES, gain * factor * nearest, SHAPES[shape][0]))
+            for factor in (1, 0.9, 0.97, 1.03, 1.1)
+        ]
+        assert costs[0] == min(costs)
+        assert float(left) == pytest.approx(costs[0], rel=0.03)
+
+    def test_few_levels_of_a_gaussian_are_read_larger_and_nothing_costs_threefold(self):
+        gains = [float(read_back(gaussian(), lloyd_max(gaussian(), width))[0]) for width in range(1, 7)]
+        # One bit: E[qz] = E[qq] = 2 / pi, so 3 (2 / pi) / (2 / pi + 2 (2 / pi)^2) by hand.
+        assert gains[0] == pytest.approx(3 / (1 + 4 / torch.pi), rel=1e-3)
+        assert all(more > less > 1 for more, less in pairwise(gains))
+        assert float(read_back(gaussian(), torch.zeros(1, 1))[1]) == pytest.approx(3, rel=1e-3)
+
+    @pytest.mark.parametrize("shape", DEGENERATE)
+    def test_degenerate_histograms_have_finite_gains(self, shape):
+        for width in (1, 4, 8):
+            gain, left = read_back(DEGENERATE[shape], lloyd_max(DEGENERATE[shape], width))
+            assert gain.isfinite().all()
+            assert left.isfinite().all()
+            assert left >= 0
+
+
 def test_stated_distortion_of_codebooks_is_what_coding_costs(monkeypatch):
     monkeypatch.setattr("calibration.fit.codebooks._UNSEEN", 0.0)
+    monkeypatch.setattr("calibration.fit.codebooks._BROADER", 1.0)
     statistics = kind_statistics(samples=3000)
     transform = weighted_klt(statistics)
     books = codebooks(statistics, transform)
     latents = torch.einsum("lhrd,lhnd->lhrn", transform.analysis, statistics.residual.float()).unflatten(2, (-1, GROUP))
     importance = transform.importance.unflatten(2, (-1, GROUP))
     for width in (0, 1, 3, 5):
-        levels = books.levels[width] * books.unit[..., width, None]
-        errors = (latents[..., None] - levels[:, :, :, None, None]).abs().min(-1).values
-        expected = (errors.square().mean(-1) * importance).sum(-1)
+        levels = (books.levels[width] * books.unit[..., width, None])[:, :, :, None, None]
+        nearest = levels.expand(*latents.shape, -1).gather(-1, (latents[..., None] - levels).abs().argmin(-1, True))[
+            ..., 0
+        ]
+        read = books.gain[..., width, None, None] * nearest
+        expected = (reading_cost(latents, read, torch.full(latents.shape[-1:], 1 / 3000)) * importance).sum(-1)
         torch.testing.assert_close(books.distortion[..., width], expected, rtol=0.02, atol=0)
 
 

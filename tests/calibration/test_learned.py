@@ -122,9 +122,8 @@ def mixed_uniform(seed: int) -> KindStatistics:
     )
 
 
-def reading_error(coder: KindCoder, statistics: KindStatistics) -> Tensor:
-    """Mean squared error of reading back the samples, by definition: nearest levels, one group at a time, [L, H]."""
-    residual = statistics.residual.float()
+def read_back(coder: KindCoder, residual: Tensor) -> Tensor:
+    """Residuals [L, H, n, D] as they are read back, by definition: nearest levels, one group at a time."""
     latents = coder.analysis @ residual.mT / coder.unit[..., None]
     read = torch.zeros_like(latents)
     for place in torch.cartesian_prod(*map(torch.arange, coder.widths.shape)):
@@ -132,8 +131,15 @@ def reading_error(coder: KindCoder, statistics: KindStatistics) -> Tensor:
         rows, book = slice(GROUP * group, GROUP * (group + 1)), coder.levels[layer, head, group]
         nearest = (latents[layer, head, rows, :, None] - book).abs().argmin(-1)
         read[layer, head, rows] = book[nearest] if coder.widths[layer, head, group] else 0.0
-    restored = coder.synthesis @ (read * coder.unit[..., None])
-    return (restored.mT - residual).square().sum(-1).mean(-1)
+    return (coder.synthesis @ (read * coder.unit[..., None])).mT
+
+
+def reading_cost(coder: KindCoder, start: KindCoder, statistics: KindStatistics) -> Tensor:
+    """What that costs in the latents of `start`: errors squared, and twice more their part along the latent, [L, H]."""
+    residual = statistics.residual.float()
+    latents, error = start.analysis @ residual.mT, start.analysis @ (read_back(coder, residual) - residual).mT
+    along = (error * latents).mean(-1).square() / latents.square().mean(-1)
+    return ((error.square().mean(-1) + 2 * along) * start.importance).sum(-1)
 
 
 class TestReconstruction:
@@ -142,9 +148,15 @@ class TestReconstruction:
         statistics = Statistics((0,), mixed_uniform(0), mixed_uniform(1), torch.arange(4000), 4000)
         learned = FITS[fit](statistics)
         plan = plan_budget(learned.distortion, 16)
+        start = learned.start(plan)
         before, after = (
-            torch.stack([reading_error(codec.key, statistics.key), reading_error(codec.value, statistics.value)])
-            for codec in (learned.start(plan), learned.codec(plan))
+            torch.stack(
+                [
+                    reading_cost(codec.key, start.key, statistics.key),
+                    reading_cost(codec.value, start.value, statistics.value),
+                ]
+            )
+            for codec in (start, learned.codec(plan))
         )
         # A head that is no better on samples kept aside stays as it was.
         assert (after <= before * 1.002).all()
@@ -224,7 +236,9 @@ class TestErrors:
         assert len(errors) == 2 * 3 * 2
         rows = errors[(errors["kind"] == "value") & (errors["layer"] == 1)]
         kind = measured.statistics.value
-        lost = reading_error(start.value, kind)[1] / kind.residual[1].float().square().sum(-1).mean(-1)
+        residual = kind.residual.float()
+        error = read_back(start.value, residual)[1] - residual[1]
+        lost = error.square().sum((1, 2)) / residual[1].square().sum((1, 2))
         torch.testing.assert_close(torch.tensor(rows["explained_variance"].tolist()), 1 - lost, atol=0.03, rtol=0)
         assert (errors["relative_error"] > 0).all()
 
