@@ -37,7 +37,7 @@ class Schedule:
     """How long and how fast: `rate` in units of the error that quantisation leaves, falling to 0 along half a cosine."""
 
     steps: int
-    rate: float = 2e-3
+    rate: float = 1e-3
     seed: int = 0
 
     def rate_at(self, step: int) -> float:
