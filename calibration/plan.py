@@ -1,6 +1,6 @@
 """Which group of latents gets how many bits: reverse water-filling on measured, Fisher-weighted distortion.
 
-The loss grows by about half the Fisher-weighted squared error of every key and value, so errors of different layers,
+The loss grows by about half the Fisher-weighted error of every key and value, so errors of different layers,
 heads and kinds are in one currency and one budget serves them all (Cover & Thomas, Elements of Information Theory,
 section 10.3.3, with measured rate-distortion curves in place of the Gaussian's).
 """
@@ -24,7 +24,7 @@ class Plan:
 
     Attributes:
         widths: in bits, int64 [2, L, H, G] (keys, then values).
-        distortion: Fisher-weighted squared error that they are expected to leave per token, in nats.
+        distortion: what errors are expected to cost per token, Fisher-weighted (docs/codec.md), in nats.
         planner: what chose them.
         reasons: why, one sentence for each head, [L][H].
         fits: fitting algorithms (`calibration.fit.FITS`) of heads that have one of their own, None elsewhere, [L][H].
@@ -80,7 +80,7 @@ def plan_budget(distortion: Tensor, budget_bytes: int) -> Plan:
     Every layer's bytes come out as a multiple of 16, the size that pages are padded to, so no budget is lost to padding.
 
     Args:
-        distortion: Fisher-weighted squared error of each group at widths 0..8, [2, L, H, G, 9].
+        distortion: Fisher-weighted cost of each group at widths 0..8, [2, L, H, G, 9].
         budget_bytes: bytes per token over all L layers.
 
     Raises:

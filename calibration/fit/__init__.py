@@ -21,7 +21,7 @@ class Fit(Protocol):
 
     @property
     def distortion(self) -> Tensor:
-        """Fisher-weighted squared error of each group at widths 0..8, [2, L, H, G, 9]."""
+        """Fisher-weighted cost of each group at widths 0..8, [2, L, H, G, 9]."""
 
     def start(self, plan: Plan) -> FittedCodec:
         """The codec of `plan` before training, if any."""
@@ -47,7 +47,7 @@ class FitByHead:
 
     @property
     def distortion(self) -> Tensor:
-        """Fisher-weighted squared error of each group at widths 0..8, [2, L, H, G, 9]."""
+        """Fisher-weighted cost of each group at widths 0..8, [2, L, H, G, 9]."""
         return self._fit(self._default).distortion
 
     def start(self, plan: Plan) -> FittedCodec:

@@ -33,7 +33,7 @@ class ClosedForm:
 
     @property
     def distortion(self) -> Tensor:
-        """Fisher-weighted squared error of each group at widths 0..8, [2, L, H, G, 9]."""
+        """Fisher-weighted cost of each group at widths 0..8, [2, L, H, G, 9]."""
         return torch.stack([book.distortion for book in self.codebooks])
 
     def start(self, plan: Plan) -> FittedCodec:

@@ -20,7 +20,7 @@ _HALVES = 2 * (HIGHEST_LEVEL - LOWEST_LEVEL + 1)
 
 
 class TrainableKind(nn.Module):
-    """`coder` of any number of leading dimensions, with `error` the Fisher-weighted squared error that a latent leaves."""
+    """`coder` of any number of leading dimensions, with `error` what a latent is expected to cost."""
 
     def __init__(self, coder: KindCoder, error: float) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class TrainableCodec(nn.Module):
 
 
 def latent_error(fitted: FittedCodec) -> float:
-    """Fisher-weighted squared error that each coded latent is expected to leave, on average."""
+    """What each coded latent is expected to cost, on average."""
     coded = float(fitted.key.coded.sum() + fitted.value.coded.sum())
     return max(fitted.plan.distortion, 1e-12) / max(coded, 1)
 

@@ -44,7 +44,7 @@ class Evidence:
     """What planners decide on.
 
     Attributes:
-        distortion: Fisher-weighted squared error of each group at widths 0..8, [2, L, H, G, 9].
+        distortion: Fisher-weighted cost of each group at widths 0..8, [2, L, H, G, 9].
         layers: the model's numbers of the L layers.
         metrics: measures, or reads, the metrics of attention.
 
