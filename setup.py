@@ -16,7 +16,7 @@ FLAGS = {
     "codec.cpp": ["-ffp-contract=off"],
     "avx2.cpp": AVX2,
     "avx512.cpp": AVX512,
-    "amx.cpp": [*AVX512, "-mamx-tile", "-mamx-int8"],
+    "amx.cpp": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 
 

@@ -64,6 +64,8 @@ SHAPES += [
     # More query rows than share a block anywhere, over several splits and segments of the mean keys' series.
     Case(((100, 1700),), group=3, dim=64, block=64),
     Case(((30, 1100), (1, 513), (9, 512)), heads=1, group=7, dim=96, block=48, window=33),
+    Case(((90, 700), (8, 8)), group=3, dim=80, window=32, whole_chunk=True),
+    Case(((50, 130), (1, 5)), heads=1, group=5, dim=40, window=100),
     *(Case(((1, 1100), (70, 600)), group=2, dim=64, block=n, window=20) for n in (48, 64, 96)),
 ]
 # One, two or three queries at every fill of the last block, with and without full blocks before it.

@@ -6,20 +6,19 @@
 //     scores [tokens, 16]  = [keys | series] x [absorbed queries | factors]
 //     sums   [latents, 16] = values x probabilities
 //
+// Absorbed queries, the exact window and outputs are products of bfloat16 numbers, or sums of two (`amx.h`).
+//
 // `series` are cosines, sines and polynomials of a token's offset from its segment's centre, the same for every row, head and
 // layer; `factors` are what a row's mean series has for them there. Numbers of 16 bits are two bytes, so a product of two
 // is one of high bytes, worth 256, and two of a high and a low one; keys and values are single bytes and cost two.
-#include "avx512.h"
+#include "amx_window.h"
 #include "schedule.h"
 
 namespace kvsplice {
 namespace {
 
-// Query rows of a register.
-constexpr int kLanes = 16;
 // Tokens whose scores are multiplied at once.
 constexpr int kStep = 32;
-constexpr int kTileBytes = 16 * 64;
 // Bytes between latents of a split's values: 512 would put all of them into the same few sets of the first cache.
 constexpr int kValueRow = kSplit + 64;
 // Score of a token that a row does not read.
@@ -28,7 +27,7 @@ constexpr int32_t kUnread = INT32_MIN;
 struct AmxPrompt;
 
 struct Amx : Avx512 {
-    static constexpr int kRows = 192, kFewRows = 7;
+    static constexpr int kRows = kManyRows, kFewRows = 7;
     using Prompt = AmxPrompt;
 
     // Every tile has sixteen rows of 64 bytes.
@@ -45,54 +44,12 @@ struct Amx : Avx512 {
     };
 };
 
-// 16 x 16 numbers of 32 bits, rows `stride` bytes apart; column c goes to `to(c)`.
-template <class To>
-KV_INLINE void turn(const void* from, int64_t stride, To to) {
-    __m512i x[4][4];
-    each<4>([&](auto n) KV_LAMBDA {
-        __m512i a[4], b[4];
-        each<4>([&](auto i) KV_LAMBDA { a[i] = load_bytes(static_cast<const char*>(from) + (4 * n + i) * stride); });
-        b[0] = _mm512_unpacklo_epi32(a[0], a[1]);
-        b[1] = _mm512_unpackhi_epi32(a[0], a[1]);
-        b[2] = _mm512_unpacklo_epi32(a[2], a[3]);
-        b[3] = _mm512_unpackhi_epi32(a[2], a[3]);
-        x[n][0] = _mm512_unpacklo_epi64(b[0], b[2]);
-        x[n][1] = _mm512_unpackhi_epi64(b[0], b[2]);
-        x[n][2] = _mm512_unpacklo_epi64(b[1], b[3]);
-        x[n][3] = _mm512_unpackhi_epi64(b[1], b[3]);
-    });
-    // x[n][i]: quarter l holds rows 4 n.. of column 4 l + i.
-    each<4>([&](auto i) KV_LAMBDA {
-        constexpr int kEven = 0x88, kOdd = 0xDD;
-        const __m512i even_low = _mm512_shuffle_i32x4(x[0][i], x[1][i], kEven),
-                      odd_low = _mm512_shuffle_i32x4(x[0][i], x[1][i], kOdd),
-                      even_high = _mm512_shuffle_i32x4(x[2][i], x[3][i], kEven),
-                      odd_high = _mm512_shuffle_i32x4(x[2][i], x[3][i], kOdd);
-        _mm512_storeu_si512(to(i), _mm512_shuffle_i32x4(even_low, even_high, kEven));
-        _mm512_storeu_si512(to(4 + i), _mm512_shuffle_i32x4(odd_low, odd_high, kEven));
-        _mm512_storeu_si512(to(8 + i), _mm512_shuffle_i32x4(even_low, even_high, kOdd));
-        _mm512_storeu_si512(to(12 + i), _mm512_shuffle_i32x4(odd_low, odd_high, kOdd));
-    });
-}
-
-// Four numbers of 16 bits a lane as four high and four low bytes, all signed.
-KV_INLINE void split_bytes(const Ints* x, void* high, void* low) {
-    constexpr __mmask32 kOdd = 0xAAAAAAAA;
-    const __m512i bytes = _mm512_set1_epi16(255), half = _mm512_set1_epi16(128);
-    const __m512i even = _mm512_mask_mov_epi16((__m512i)x[0], kOdd, _mm512_slli_epi32((__m512i)x[2], 16));
-    const __m512i odd = _mm512_mask_mov_epi16((__m512i)x[1], kOdd, _mm512_slli_epi32((__m512i)x[3], 16));
-    // `odd` where `bytes` has zeros.
-    _mm512_store_si512(high, _mm512_ternarylogic_epi64(bytes, _mm512_srli_epi16(_mm512_add_epi16(even, half), 8),
-                                                       _mm512_add_epi16(odd, half), 0xCA));
-    _mm512_store_si512(low, _mm512_ternarylogic_epi64(bytes, even, _mm512_slli_epi16(odd, 8), 0xCA));
-}
-
 KV_INLINE Ints rounded(Floats x) { return (Ints)_mm512_cvtps_epi32((__m512)x); }
 KV_INLINE Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 
 // Rows of a block in groups of sixteen. Bytes from the right lie as tiles: [high, low][16][16 rows][4].
 struct AmxPrompt {
-    static constexpr int kGroups = Amx::kRows / kLanes;
+    static constexpr int kGroups = kManyRows / kLanes;
     // What a unit of scores is worth in factors: 256 times a high byte of `series`.
     static constexpr float kFactor = kWhole / 256.0f;
 
@@ -110,9 +67,14 @@ struct AmxPrompt {
         bool whole;  // every row reads every token
     };
 
+    bool from_start;  // some row reads position 0
+    int dim, wide;    // D, and rounded up to a product's rows
     int key_tiles, value_pairs, factor_tiles, pairs;
-    int64_t width;  // of a row's latents
+    int asked_tiles, asked_parts;  // of queries in bfloat16
+    int64_t width;                 // of a token's keys
     const Series* tables;
+    uint16_t *rows, *asked;         // queries: [2, 16, wide] of a group, [groups, parts, tiles]
+    float* turned;                  // a group's queries in units of log2, then its outputs: [wide, 16 rows]
     int8_t *queries, *factors;      // [groups, key tiles], [segments of a split, groups, factor tiles] of tiles
     int32_t* constants;             // [segments of a split, groups, 16 rows]: of the series, in units
     float* series;                  // [groups, 2, pairs, 16 rows]: of the mean keys, in units
@@ -121,18 +83,28 @@ struct AmxPrompt {
     uint8_t* probabilities;         // [2, kSplit / 64] of tiles
     Products* products;             // of a step, then of pairs of values' tiles
     Piece* pieces;
-    float* sums;  // [groups, latents, 16 rows], relative to 2^top
-    float unit[Amx::kRows], constant[Amx::kRows], top[Amx::kRows], weight[Amx::kRows];
-    int32_t stored[Amx::kRows];
+    float* sums;        // [groups, latents, 16 rows], relative to 2^top
+    uint16_t* latents;  // the same of all that was read, in bfloat16: [groups, 2, value pairs] of tiles
+    float unit[kManyRows], constant[kManyRows], first[kManyRows], top[kManyRows], weight[kManyRows];
+    float* floats;  // [groups, wide, 16 rows]: absorbed queries, then the exact window's sums, then outputs
+    int32_t stored[kManyRows];
+    AmxWindow window;
 
     template <class A>
     void lay_out(char*& at, const A& a) {
+        dim = a.dim;
+        wide = static_cast<int>(round_up(dim, kProductRows));
         pairs = a.pairs;
         tables = pairs ? &a.layer.rotary->series : nullptr;
         key_tiles = static_cast<int>(ceil_div(a.key_latents, 64));
         value_pairs = static_cast<int>(ceil_div(a.value_latents, 32));
         factor_tiles = tables ? tables->columns / 64 : 0;
+        asked_tiles = static_cast<int>(ceil_div(dim, kDepth));
+        asked_parts = parts_of(a.step.query.dtype);
         width = 64 * key_tiles;
+        place(at, rows, 2 * kLanes * wide);
+        place(at, asked, kGroups * asked_parts * asked_tiles * kTileNumbers);
+        place(at, turned, wide * kLanes);
         place(at, queries, kGroups * key_tiles * 2 * kTileBytes);
         place(at, factors, kSplit / kSegment * kGroups * factor_tiles * 2 * kTileBytes);
         place(at, constants, kSplit / kSegment * kGroups * kLanes);
@@ -145,69 +117,108 @@ struct AmxPrompt {
         place(at, products, 1 + ceil_div(value_pairs, kTile / kStep));
         place(at, pieces, kGroups);
         place(at, sums, kGroups * value_pairs * 32 * kLanes);
+        place(at, latents, kGroups * 2 * value_pairs * kTileNumbers);
+        place(at, floats, kGroups * wide * kLanes);
+        window.lay_out(at, a);
     }
 
     int8_t* factors_of(int segment, int group) const {
         return factors + (segment * kGroups + group) * factor_tiles * 2 * kTileBytes;
     }
     int32_t* constants_of(int segment, int group) const { return constants + (segment * kGroups + group) * kLanes; }
-    float* sums_of(int group, int tile) const { return sums + (group * value_pairs * 2 + tile) * 16 * kLanes; }
+    float* sums_of(int group, int latent) const { return sums + (group * value_pairs * 32 + latent) * kLanes; }
+    float* floats_of(int group) const { return floats + group * wide * kLanes; }
+    static int groups_of(const Block& b) { return static_cast<int>(ceil_div(b.rows, kLanes)); }
+    Columns latents_of(int group) const {
+        const int64_t part = value_pairs * kTileNumbers;
+        return {latents + group * 2 * part, part, 2};
+    }
+    Columns asked_of(int group) const {
+        const int64_t part = asked_tiles * kTileNumbers;
+        return {asked + group * asked_parts * part, part, asked_parts};
+    }
 
     // --- before the context ------------------------------------------------------------------------------------------
 
     template <class A>
-    void prepare(const A& a, const Block& b) {
+    void prepare(A& a, const Block& b) {
         const Half& half = a.layer.key[b.head];
-        const int64_t stride = round_up(a.key_latents, 16);
-        std::memset(unit, 0, sizeof unit);
+        from_start = a.load_first(b);
+        for (int row = 0; row < kManyRows; ++row)
+            stored[row] = row < b.rows ? static_cast<int32_t>(a.w.stored[row]) : 0;
         if (!factor_tiles) std::memset(constants, 0, kSplit / kSegment * kGroups * kLanes * sizeof(int32_t));
-        std::memset(constant, 0, sizeof constant);
-        std::memset(stored, 0, sizeof stored);
-        for (int row = 0; row < b.rows; ++row) {
-            constant[row] = a.w.constant[row];
-            stored[row] = static_cast<int32_t>(a.w.stored[row]);
+        const int groups = groups_of(b);
+        for (int group = 0; group < groups; ++group) load_queries(a, b, group);
+        std::memset(floats, 0, groups * wide * kLanes * sizeof(float));
+        for (int group = 0; group < groups; ++group)
+            for (int r = 0; r < half.latents; r += kProductRows)
+                multiply({half.parts + r * half.depth, half.depth, half.part, 2}, asked_of(group), asked_tiles,
+                         floats_of(group) + r * kLanes);
+        for (int group = 0; group < groups; ++group) quantise(a, half, group);
+    }
+
+    // Queries and series of a group as whole numbers of one unit a row; the score of position 0, in float.
+    template <class A>
+    void quantise(const A& a, const Half& half, int group) {
+        const int row = group * kLanes;
+        const Floats scale = splat(a.step.scale * kLog2E);
+        scale_queries(group, scale);
+        float *to = series + row * 2 * pairs, *absorbed = floats_of(group);
+        store(constant + row,
+              a.split_mean(half, reinterpret_cast<const Floats*>(turned), reinterpret_cast<Floats*>(to)));
+        Floats sizes = reach(a.layer.rotary, to) * (1 / kFactor), score{};
+        for (int r = 0; r < half.latents; ++r) {
+            const Floats x = load(absorbed + r * kLanes) * scale;
+            store(absorbed + r * kLanes, x);
+            sizes = larger(sizes, larger(x, -x));
+            if (from_start) score += x * a.w.first_key[r];
         }
-        for (int first = 0; first < b.rows; first += kLanes) {
-            float* to = series + first * 2 * pairs;
-            turn_floats(a.w.pairs + first * 2 * pairs, 2 * pairs, to);
-            float reached[kLanes], inverse[kLanes] = {};
-            store(reached, reach(a.layer.rotary, to) * (1 / kFactor));
-            // High bytes of all rows, then low ones, where keys will lie only later.
-            int8_t* rows = quads;
-            std::memset(rows, 0, 2 * kLanes * width);
-            for (int lane = 0; lane < kLanes && first + lane < b.rows; ++lane, rows += width) {
-                const float* absorbed = a.w.absorbed + (first + lane) * stride;
-                if (half.latents % 16) store(a.w.absorbed + (first + lane) * stride + half.latents, HalfFloats{});
-                Floats sizes = splat(reached[lane]);
-                for (int r = 0; r < half.latents; r += 16)
-                    sizes = larger(sizes, larger(load(absorbed + r), -load(absorbed + r)));
-                const float size = largest(sizes);
-                if (size > 0) inverse[lane] = kWhole / size;
-                unit[first + lane] = size / kWhole;
-                for (int r = 0; r < half.latents; r += 16) {
-                    const __m512i number = (__m512i)rounded(load(absorbed + r) * inverse[lane]);
-                    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(number, _mm512_set1_epi32(128)), 8);
-                    _mm_storeu_si128(reinterpret_cast<__m128i*>(rows + r), _mm512_cvtepi32_epi8(high));
-                    _mm_storeu_si128(reinterpret_cast<__m128i*>(rows + r + kLanes * width),
-                                     _mm512_cvtepi32_epi8(number));
-                }
-            }
-            for (int tile = 0; tile < key_tiles; ++tile)
-                for (int low = 0; low < 2; ++low)
-                    turn(quads + low * kLanes * width + 64 * tile, width, [&](int c) KV_LAMBDA {
-                        return queries + ((first / kLanes * key_tiles + tile) * 2 + low) * kTileBytes + 64 * c;
-                    });
-            const Floats scale = load(inverse) * (1 / kFactor);
-            for (int f = 0; f < 2 * pairs; ++f) store(to + f * kLanes, load(to + f * kLanes) * scale);
+        if (from_start)
+            for (int d = 0; d < dim; ++d) score += load(turned + d * kLanes) * half.sink[d];
+        store(first + row, load<Ints>(stored + row) > 0 ? score : splat(kNever));
+        const Floats inverse = sizes > 0 ? kWhole / sizes : Floats{};
+        store(unit + row, sizes * (1.0f / kWhole));
+        for (int r = 0; r < width; r += 4) {
+            Ints whole[4];
+            each<4>([&](auto i) KV_LAMBDA { whole[i] = rounded(load(absorbed + (r + i) * kLanes) * inverse); });
+            int8_t* out = queries + (group * key_tiles + r / 64) * 2 * kTileBytes + r % 64 / 4 * 64;
+            split_bytes(whole, out, out + kTileBytes);
+        }
+        for (int f = 0; f < 2 * pairs; ++f) store(to + f * kLanes, load(to + f * kLanes) * inverse * (1 / kFactor));
+    }
+
+    // A group's queries as tiles of bfloat16 numbers.
+    template <class A>
+    void load_queries(const A& a, const Block& b, int group) {
+        const Tokens& from = a.step.query;
+        std::memset(rows, 0, 2 * kLanes * wide * sizeof(uint16_t));
+        for (int lane = 0; lane < kLanes && group * kLanes + lane < b.rows; ++lane) {
+            const int64_t at = a.find_query(b, group * kLanes + lane);
+            load_parts(from.data, from.dtype, at, dim, rows + lane * wide, rows + (kLanes + lane) * wide);
+        }
+        const Columns columns = asked_of(group);
+        for (int part = 0; part < asked_parts; ++part) {
+            uint16_t* tiles = const_cast<uint16_t*>(columns.tiles) + part * columns.part;
+            for (int tile = 0; tile < asked_tiles; ++tile)
+                turn(rows + part * kLanes * wide + tile * kDepth, wide * sizeof(uint16_t),
+                     [&](int c) KV_LAMBDA { return tiles + tile * kTileNumbers + c * kDepth; });
         }
     }
 
-    // Sixteen rows of `count` numbers become `count` rows of sixteen.
-    static void turn_floats(const float* rows, int count, float* out) {
-        float spare[kLanes];
-        for (int from = 0; from < count; from += kLanes)
-            turn(rows + from, count * 4,
-                 [&](int c) KV_LAMBDA { return from + c < count ? out + (from + c) * kLanes : spare; });
+    // And as floats.
+    void scale_queries(int group, Floats scale) {
+        const Columns columns = asked_of(group);
+        for (int d = 0; d < dim; d += 2) {
+            const Ints high = load<Ints>(columns.tiles + d / 2 * kDepth);
+            Floats even = even_of(high), odd = odd_of(high);
+            if (asked_parts == 2) {
+                const Ints low = load<Ints>(columns.tiles + columns.part + d / 2 * kDepth);
+                even += even_of(low);
+                odd += odd_of(low);
+            }
+            store(turned + d * kLanes, even * scale);
+            store(turned + (d + 1) * kLanes, odd * scale);
+        }
     }
 
     // No factor of a row is larger: those of slow pairs are added up.
@@ -230,30 +241,45 @@ struct AmxPrompt {
 
     // --- the stored context ------------------------------------------------------------------------------------------
 
-    // Splits `first` to `last`: top, weight and latents of every row, into `partial` [rows, partial_size].
+    // Splits `first` to `last`.
     template <class A>
-    void attend(const A& a, const Block& b, int first, int last, float* partial) {
+    void attend(const A& a, const Block& b, int first, int last) {
+        clear(b);
+        for (int split = first; split < last; ++split) attend_split(a, b, split, a.tiles_in(b, split));
+    }
+
+    void clear(const Block& b) {
         for (float& x : top) x = kNever;
         std::memset(weight, 0, sizeof weight);
-        std::memset(sums, 0, kGroups * value_pairs * 32 * kLanes * sizeof(float));
-        for (int split = first; split < last; ++split) attend_split(a, b, split, a.tiles_in(b, split));
-        for (int row = 0; row < b.rows; ++row) {
-            partial[row * a.partial_size] = top[row];
-            partial[row * a.partial_size + 1] = weight[row];
+        std::memset(sums, 0, groups_of(b) * value_pairs * 32 * kLanes * sizeof(float));
+    }
+
+    // What was read, to and from `partial`: tops, weights and latents of all groups.
+    void save(const Block& b, float* partial) const {
+        const int64_t lanes = round_up(b.rows, kLanes);
+        std::memcpy(partial, top, lanes * sizeof(float));
+        std::memcpy(partial + lanes, weight, lanes * sizeof(float));
+        std::memcpy(partial + 2 * lanes, sums, lanes * value_pairs * 32 * sizeof(float));
+    }
+
+    void merge(const Block& b, const float* partial) {
+        const int64_t lanes = round_up(b.rows, kLanes);
+        const float* from = partial + 2 * lanes;
+        for (int row = 0; row < lanes; row += kLanes) {
+            const Floats old = load(top + row), found = load(partial + row), all = larger(old, found),
+                         kept = exp2_below(old - all), share = exp2_below(found - all);
+            store(top + row, all);
+            store(weight + row, load(weight + row) * kept + load(partial + lanes + row) * share);
+            float* sum = sums_of(row / kLanes, 0);
+            for (int r = 0; r < value_pairs * 32; ++r, sum += kLanes, from += kLanes)
+                store(sum, load(sum) * kept + load(from) * share);
         }
-        float spare[kLanes];
-        for (int group = 0; group < ceil_div(b.rows, kLanes); ++group)
-            for (int tile = 0; tile < ceil_div(a.layer.value[b.head].latents, 16); ++tile)
-                turn(sums_of(group, tile), 64, [&](int lane) KV_LAMBDA {
-                    const int row = group * kLanes + lane;
-                    return row < b.rows ? partial + row * a.partial_size + 2 + 16 * tile : spare;
-                });
     }
 
     template <class A>
     void attend_split(const A& a, const Block& b, int split, int tiles) {
         const Half &key = a.layer.key[b.head], &value = a.layer.value[b.head];
-        const int groups = static_cast<int>(ceil_div(b.rows, kLanes));
+        const int groups = groups_of(b);
         const int64_t base = static_cast<int64_t>(split) * kSplit;
         if (key.group_count) unpack_keys(key, a.tiles_of(b, true, split, tiles));
         if (value.group_count)
@@ -283,16 +309,26 @@ struct AmxPrompt {
         const float *centre = tables->centres + segment * 2 * pairs, *row = series + group * pairs * 2 * kLanes;
         Ints whole[kMaxDim + kDegree + 2];
         Floats polynomials[kDegree + 1] = {};
-        for (int f = 0; f < pairs; ++f, centre += 2, row += kLanes) {
-            const Floats p = load(row), s = load(row + pairs * kLanes);
-            const Floats turned[] = {p * centre[0] + s * centre[1], s * centre[0] - p * centre[1]};
-            if (f < tables->fast)
-                each<2>([&](auto i) KV_LAMBDA { whole[2 * f + i] = rounded(turned[i]); });
-            else
-                each<kDegree + 1>([&](auto degree) KV_LAMBDA {
-                    polynomials[degree] += slow_pair(*tables, f)[degree] * turned[degree % 2];
-                });
-        }
+        const auto turn_pairs = [&](int first, int last, auto use) KV_LAMBDA {
+            for (int f = first; f < last; ++f) {
+                const Floats p = load(row + f * kLanes), s = load(row + (pairs + f) * kLanes);
+                const float cosine = centre[2 * f], sine = centre[2 * f + 1];
+                const Floats turned[] = {p * cosine + s * sine, s * cosine - p * sine};
+                use(f, turned);
+            }
+        };
+        const auto add_up = [&]<int kDegrees>(int f, const Floats* turned) KV_LAMBDA {
+            each<kDegrees + 1>([&](auto degree) KV_LAMBDA {
+                polynomials[degree] += slow_pair(*tables, f)[degree] * turned[degree % 2];
+            });
+        };
+        turn_pairs(0, tables->fast, [&](int f, const Floats* turned) KV_LAMBDA {
+            each<2>([&](auto i) KV_LAMBDA { whole[2 * f + i] = rounded(turned[i]); });
+        });
+        turn_pairs(tables->fast, tables->slower,
+                   [&](int f, const Floats* turned) KV_LAMBDA { add_up.template operator()<kDegree>(f, turned); });
+        turn_pairs(tables->slower, pairs,
+                   [&](int f, const Floats* turned) KV_LAMBDA { add_up.template operator()<kLowDegree>(f, turned); });
         if (tables->fast < pairs)
             each<kDegree>([&](auto i) KV_LAMBDA { whole[2 * tables->fast + i] = rounded(polynomials[i + 1]); });
         store(constants, rounded(polynomials[0] * kFactor));
@@ -512,11 +548,61 @@ struct AmxPrompt {
 
     KV_INLINE void add_values(const Piece& piece, int pair, const Products& found) {
         const Floats kept = load(piece.kept), share = load(piece.share);
-        float* out = sums_of(piece.group, 2 * pair);
+        float* out = sums_of(piece.group, 32 * pair);
         for (int r = 0; r < 32; ++r, out += kLanes) {
             const Ints sum = (load<Ints>(found.high[r]) << 8) + load<Ints>(found.low[r]);
             store(out, load(out) * kept + __builtin_convertvector(sum, Floats) * share);
         }
+    }
+
+    // --- after the context -------------------------------------------------------------------------------------------
+
+    template <class A>
+    void finish(const A& a, const Block& b) {
+        window.attend(a, b, [&](int group) { return asked_of(group); }, floats);
+        const Half& half = a.layer.value[b.head];
+        const int groups = groups_of(b), depth = static_cast<int>(ceil_div(half.latents, kDepth));
+        for (int group = 0; group < groups; ++group) join_sums(a, half, group, depth);
+        for (int group = 0; group < groups; ++group)
+            for (int d = 0; d < dim; d += kProductRows)
+                multiply({half.parts + d * half.depth, half.depth, half.part, 2}, latents_of(group), depth,
+                         floats_of(group) + d * kLanes);
+        for (int group = 0; group < groups; ++group) put_out(a, b, group);
+    }
+
+    // The context, position 0 and the exact window: latents for the last product, and all else to begin it with.
+    template <class A>
+    void join_sums(const A& a, const Half& half, int group, int depth) {
+        const int row = group * kLanes;
+        const Floats tops[] = {load(top + row), load(first + row), load(window.top + row)};
+        const Floats all = larger(larger(tops[0], tops[1]), tops[2]);
+        Floats share[3];
+        each<3>([&](auto i) KV_LAMBDA { share[i] = tops[i] > kNever ? exp2_below(tops[i] - all) : Floats{}; });
+        Floats on_stored = load(weight + row) * share[0];
+        const Floats inverse = 1.0f / (on_stored + share[1] + load(window.weight + row) * share[2]);
+        each<3>([&](auto i) KV_LAMBDA { share[i] *= inverse; });
+        on_stored *= inverse;
+        float* out = floats_of(group);
+        for (int d = 0; d < dim; ++d)
+            store(out + d * kLanes,
+                  load(out + d * kLanes) * share[2] + on_stored * half.mean[d] + share[1] * half.sink[d]);
+        uint16_t* to = latents + group * 2 * value_pairs * kTileNumbers;
+        for (int r = 0; r < depth * kDepth; r += 2, to += kDepth) {
+            Floats sum[2];
+            each<2>([&](auto i) KV_LAMBDA {
+                sum[i] = load(sums_of(group, r + i)) * share[0];
+                if (from_start && r + i < half.latents) sum[i] += a.w.first_value[r + i] * share[1];
+            });
+            split_parts(sum[0], sum[1], to, to + value_pairs * kTileNumbers);
+        }
+    }
+
+    template <class A>
+    void put_out(const A& a, const Block& b, int group) {
+        for (int d = 0; d < dim; d += 16)
+            turn(floats_of(group) + d * kLanes, 64, [&](int lane) KV_LAMBDA { return turned + lane * wide + d; });
+        for (int row = group * kLanes; row < b.rows && row < (group + 1) * kLanes; ++row)
+            a.put_out(b, row, turned + row % kLanes * wide);
     }
 };
 

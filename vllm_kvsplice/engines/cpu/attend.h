@@ -75,6 +75,7 @@ struct Block {
 
 // How many rows before a query is read its memory is asked for.
 constexpr int kRowsAhead = 8;
+constexpr float kLog2E = 1.4426950408889634f;
 
 // Everything a thread needs for a block of at most M rows.
 template <int M>
@@ -121,7 +122,7 @@ struct Attention {
             planes = most(planes, most(plane_count(layer.key[h]), plane_count(layer.value[h])));
         }
         state_size = sizeof(State) / sizeof(float) + round_up(value_latents, 16) + round_up(dim, 16);
-        partial_size = round_up(value_latents, 16) + 2;
+        partial_size = partial_size_of(layer);
         char* at = nullptr;
         lay_out(at, planes);
         at = static_cast<char*>(scratch(reinterpret_cast<size_t>(at)));
@@ -129,13 +130,13 @@ struct Attention {
     }
 
     void lay_out(char*& at, int64_t planes) {
-        place(at, w.query, kRows * round_up(dim, 16));
-        place(at, w.absorbed, kRows * round_up(key_latents, 16));
-        place(at, w.pairs, kRows * 2 * pairs);
+        place(at, w.query, kFewRows * round_up(dim, 16));
+        place(at, w.absorbed, kFewRows * round_up(key_latents, 16));
+        place(at, w.pairs, kFewRows * 2 * pairs);
         place(at, w.turned, kSplitTiles * 2 * (pairs + kTerms));
         place(at, w.scores, kFewRows * kSplit);
-        place(at, w.partial, kRows * partial_size);
-        place(at, w.state, kRows * state_size);
+        place(at, w.partial, kFewRows * partial_size);
+        place(at, w.state, kFewRows * state_size);
         place(at, w.first_key, round_up(key_latents, 16));
         place(at, w.first_value, round_up(value_latents, 16));
         place(at, w.quantised, kFewRows * round_up(key_latents, 64));
@@ -153,6 +154,13 @@ struct Attention {
         return last.plane + last.width - half.groups[0].plane;
     }
 
+    // What a row keeps of some splits: top, weight and latents.
+    static int partial_size_of(const Layer& layer) {
+        int latents = 0;
+        for (int h = 0; h < layer.heads; ++h) latents = most(latents, layer.value[h].latents);
+        return static_cast<int>(round_up(latents, 32)) + 2;
+    }
+
     State& state(int row) { return *reinterpret_cast<State*>(w.state + row * state_size); }
     float* exact(int row) { return state(row).latents() + round_up(value_latents, 16); }
     const int32_t* table(const Block& b) const { return step.table + b.sequence * step.table_stride; }
@@ -161,28 +169,41 @@ struct Attention {
 
     void prepare(const Block& b) {
         const Half& half = layer.key[b.head];
-        const int64_t first_query = b.context - b.queries, ahead = kRowsAhead / step.group + 1;
+        const int64_t first_query = b.context - b.queries;
         for (int row = 0; row < b.rows; ++row) {
-            const int64_t token = (b.first + row) / step.group,
-                          head = b.head * step.group + (b.first + row) % step.group;
-            float* q = w.query + row * round_up(dim, 16);
-            const int64_t at = (b.query + token) * step.query.token_stride + head * step.query.head_stride;
-            // Tokens lie far apart, so nobody else asks for the next ones in time: a tenth of a short prompt's time.
-            ask_row(step.query.data, step.query.dtype, at + ahead * step.query.token_stride, dim);
-            load_row(step.query.data, step.query.dtype, at, dim, q);
-            for (int d = 0; d < dim; ++d) q[d] *= step.scale * 1.4426950408889634f;
-            w.last[row] = first_query + token;
+            w.last[row] = first_query + (b.first + row) / step.group;
             w.begin[row] = w.last[row] + 1 - step.window.size;
             if (step.window.size && step.window.whole_chunk) w.begin[row] = least(w.begin[row], first_query);
             w.stored[row] = most<int64_t>(0, w.begin[row]);
-            split_mean(half, q, row);
+        }
+        if constexpr (kRows > kFewRows)
+            if (b.rows > kFewRows) return prompt.prepare(*this, b);
+        for (int row = 0; row < b.rows; ++row) {
+            float* q = w.query + row * round_up(dim, 16);
+            load_row(step.query.data, step.query.dtype, find_query(b, row), dim, q);
+            for (int d = 0; d < dim; ++d) q[d] *= step.scale * kLog2E;
+            w.constant[row] = split_mean(half, q, w.pairs + row * 2 * pairs);
         }
         combine({w.query, round_up(dim, 16), dim, half.synthesis, half.latents, half.latents, w.absorbed,
                  round_up(key_latents, 16)},
                 b.rows);
-        if constexpr (kRows > kFewRows)
-            if (b.rows > kFewRows) return prompt.prepare(*this, b);
         for (int row = 0; row < b.rows; ++row) quantise(half, row);
+    }
+
+    // Where a row's query begins. Tokens lie far apart, so nobody else asks for the next ones in time: a tenth of a short
+    // prompt's time.
+    int64_t find_query(const Block& b, int row) const {
+        const int64_t token = (b.first + row) / step.group, head = b.head * step.group + (b.first + row) % step.group;
+        const int64_t at = (b.query + token) * step.query.token_stride + head * step.query.head_stride,
+                      ahead = kRowsAhead / step.group + 1;
+        ask_row(step.query.data, step.query.dtype, at + ahead * step.query.token_stride, dim);
+        return at;
+    }
+
+    void put_out(const Block& b, int row, const float* output) const {
+        const int64_t token = b.query + (b.first + row) / step.group,
+                      head = b.head * step.group + (b.first + row) % step.group;
+        store_row(output, step.output_dtype, token * step.output_token_stride + head * dim, dim, step.output);
     }
 
     // An absorbed query in 16 bits.
@@ -206,31 +227,27 @@ struct Attention {
         Isa::pack_query(rounded, half.latents, stride, w.quantised + row * stride);
     }
 
-    // q . R(j) mean = sum over pairs of P cos(w j) + S sin(w j), and a constant from dimensions that do not turn.
-    void split_mean(const Half& half, const float* q, int row) {
-        float* cosine = w.pairs + row * 2 * pairs;
+    // q . R(j) mean = sum over pairs of P cos(w j) + S sin(w j), and a constant from dimensions that do not turn, returned.
+    // `T` is one row's numbers or many's.
+    template <class T>
+    T split_mean(const Half& half, const T* q, T* cosine) const {
         const bool adjacent = pairs && layer.rotary->interleaved;
         const int step = adjacent ? 2 : 1, apart = adjacent ? 1 : pairs;
-        const float *mean = half.mean, *q_far = q + apart, *mean_far = mean + apart;
+        const float *mean = half.mean, *mean_far = mean + apart;
+        const T* q_far = q + apart;
         for (int f = 0; f < pairs; ++f) {
             cosine[f] = q[f * step] * mean[f * step] + q_far[f * step] * mean_far[f * step];
             cosine[pairs + f] = q_far[f * step] * mean[f * step] - q[f * step] * mean_far[f * step];
         }
-        float constant = 0;
+        T constant{};
         for (int d = 2 * pairs; d < dim; ++d) constant += q[d] * half.mean[d];
-        w.constant[row] = constant;
+        return constant;
     }
 
     // Position 0 has the sink in place of its mean and latents in units of its own, so it is a softmax of its own, in float.
     void start(const Block& b) {
         const Half &key = layer.key[b.head], &value = layer.value[b.head];
-        bool read = false;
-        for (int row = 0; row < b.rows; ++row) read |= w.stored[row] > 0;
-        if (read) {
-            const uint8_t* page = step.pages.data + table(b)[0] * step.pages.block_stride;
-            first_levels(key, page, w.first_key);
-            first_levels(value, page, w.first_value);
-        }
+        load_first(b);
         for (int row = 0; row < b.rows; ++row) {
             State& s = state(row);
             std::memset(&s, 0, state_size * sizeof(float));
@@ -242,6 +259,17 @@ struct Attention {
             s.total = s.on_sink = 1;
             std::memcpy(s.latents(), w.first_value, value.latents * sizeof(float));
         }
+    }
+
+    // Position 0's latents, where some row reads them.
+    bool load_first(const Block& b) {
+        bool read = false;
+        for (int row = 0; row < b.rows; ++row) read |= w.stored[row] > 0;
+        if (!read) return false;
+        const uint8_t* page = step.pages.data + table(b)[0] * step.pages.block_stride;
+        first_levels(layer.key[b.head], page, w.first_key);
+        first_levels(layer.value[b.head], page, w.first_value);
+        return true;
     }
 
     void first_levels(const Half& half, const uint8_t* page, float* levels) {
@@ -486,9 +514,7 @@ struct Attention {
             const float* read = exact(row);
             for (int d = 0; d < dim; ++d)
                 output[d] = (output[d] + read[d] + s.on_stored * half.mean[d] + s.on_sink * half.sink[d]) * inverse;
-            const int64_t token = b.query + (b.first + row) / step.group;
-            const int64_t head = b.head * step.group + (b.first + row) % step.group;
-            store_row(output, step.output_dtype, token * step.output_token_stride + head * dim, dim, step.output);
+            put_out(b, row, output);
         }
     }
 };

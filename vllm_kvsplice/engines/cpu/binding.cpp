@@ -98,8 +98,10 @@ struct RotaryTables {
         const int pairs = static_cast<int>(inv_freq.size());
         const double centre = (kSegment - 1) / 2.0, half = kSegment / 2.0;
         Series& series = view.series;
-        for (int f = 0; f < pairs; ++f)
+        for (int f = 0; f < pairs; ++f) {
             if (std::abs(inv_freq[f]) * half >= kSlow) series.fast = f + 1;
+            if (std::abs(inv_freq[f]) * half >= kSlower) series.slower = f + 1;
+        }
         series.used = 2 * series.fast + (series.fast < pairs ? kDegree : 0);
         series.columns = (series.used + 63) / 64 * 64;
         for (int f = series.fast; f < pairs; ++f) {
@@ -222,6 +224,18 @@ class Codec {
         return kept_.back().const_data_ptr<float>();
     }
 
+    void keep_parts(const Tensor& matrix, Half& half) {
+        const Tensor whole =
+            at::constant_pad_nd(matrix.to(at::kFloat), {0, up_to(32, matrix.size(1)), 0, up_to(64, matrix.size(0))});
+        const Tensor high = whole.to(at::kBFloat16), low = (whole - high).to(at::kBFloat16);
+        kept_.push_back(at::stack({high, low}).contiguous());
+        half.parts = static_cast<const uint16_t*>(kept_.back().const_data_ptr());
+        half.depth = whole.size(1);
+        half.part = whole.numel();
+    }
+
+    static int64_t up_to(int64_t multiple, int64_t n) { return (multiple - n % multiple) % multiple; }
+
     std::vector<Half> make_halves(const std::map<std::string, Tensor>& kind, const Widths& widths, const Widths& planes,
                                   bool value) {
         std::vector<Half> halves;
@@ -240,7 +254,8 @@ class Codec {
                               keep(kind.at("mean")[head]), keep(kind.at("sink")[head]),
                               keep(kind.at("sink_scale")[head].index_select(0, used)),
                               keep(kind.at("analysis")[head].index_select(0, used).t()),
-                              keep(value ? synthesis.t() : synthesis)});
+                              keep(value ? synthesis.t() : synthesis), nullptr, 0, 0});
+            keep_parts(value ? synthesis : synthesis.t(), halves.back());
             groups_.push_back(std::move(groups));
         }
         return halves;
@@ -254,10 +269,10 @@ class Codec {
 // Linux hands out the tile registers to processes that ask; threads inherit the permission.
 bool amx_usable() {
 #if defined(__x86_64__) && defined(__linux__)
-    constexpr unsigned kTile = 1 << 24, kInt8 = 1 << 25;
+    constexpr unsigned kBfloat16 = 1 << 22, kTile = 1 << 24, kInt8 = 1 << 25, kAll = kBfloat16 | kTile | kInt8;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTile) || !(d & kInt8)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
     return false;

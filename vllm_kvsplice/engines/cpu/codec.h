@@ -53,6 +53,10 @@ struct Half {
     const float* sink_scale;   // [R]
     const float* analysis;     // [D, R]
     const float* synthesis;    // keys [D, R], values [R, D]
+    // Its columns, keys [R, D] and values [D, R], as sums of two bfloat16 matrices, `part` numbers apart; rows are filled up
+    // with zeros to 64, and to a length of `depth`, a multiple of 32.
+    const uint16_t* parts;
+    int64_t depth, part;
 };
 
 // A pair that turns by less than half a radian from a tile's centre to its end is as well a polynomial of this many even
@@ -62,8 +66,9 @@ constexpr int kTerms = 4;
 // Where many rows share the work (`amx.cpp`), series go around the centres of this many tokens, and pairs that turn by less
 // than 2.6 radians from there to the end are Chebyshev polynomials up to this degree (within 1e-6).
 constexpr int kSegment = 256;
-constexpr int kDegree = 10;
-constexpr float kSlow = 2.6f;
+// Those that turn by less than 0.2 need none above the fourth (within 2e-7).
+constexpr int kDegree = 10, kLowDegree = 4;
+constexpr float kSlow = 2.6f, kSlower = 0.2f;
 // The largest number that two signed bytes hold.
 constexpr int kWhole = 127 * 256 + 127;
 
@@ -72,7 +77,8 @@ struct Series {
     const float* centres;  // [segments, F, 2]: cosines and sines of the positions 256 k + 127.5
     const float* slow;  // [F - fast, kDegree + 2]: coefficients of the polynomials of offset / 128, and their largest
     const int8_t *high, *low;  // [kSegment, columns]: cosine and sine, then polynomials from degree 1, times kWhole
-    int fast, used, columns;   // columns that are used, and rounded up to 64
+    int fast, slower;          // pairs from `fast` on are slow, those from `slower` on slower
+    int used, columns;         // columns that are used, and rounded up to 64
 };
 
 // 2^-x between multiples of 1/32, in 2^16ths: start - slope * (32 x - k), off by at most 3e-5 of itself.

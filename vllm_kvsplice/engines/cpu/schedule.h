@@ -9,6 +9,9 @@ namespace {
 // Splits times rows times dimensions: below about 20 microseconds of work, waking threads costs more than it saves.
 constexpr int64_t kWorthThreads = 2048;
 
+// Of a partial result.
+inline int64_t padded_rows(const Block& b) { return round_up(b.rows, 16); }
+
 struct Plan {
     Block* blocks;
     int count;
@@ -51,7 +54,7 @@ inline Plan plan(const Step& step, int most_rows, Block* blocks, int& threads) {
         Block& b = blocks[i];
         b.ranges = b.pending = static_cast<int>(most<int64_t>(1, ceil_div(b.splits, made.range)));
         b.partials = made.partial_rows;
-        if (b.ranges > 1) made.partial_rows += static_cast<int64_t>(b.splits) * b.rows;
+        if (b.ranges > 1) made.partial_rows += b.splits * padded_rows(b);
         made.tasks += b.ranges;
     }
     return made;
@@ -59,28 +62,31 @@ inline Plan plan(const Step& step, int most_rows, Block* blocks, int& threads) {
 
 template <class Isa>
 void run_task(Attention<Isa>& a, Block& b, int range, int64_t length, float* partials) {
-    a.prepare(b);
     const int first = static_cast<int>(range * length),
               last = static_cast<int>(least<int64_t>(b.splits, first + length));
-    const bool shared = b.ranges > 1, many = b.rows > Isa::kFewRows;
+    const bool shared = b.ranges > 1;
     const auto partial = [&](int part) {
-        return shared ? partials + (b.partials + part * b.rows) * a.partial_size : a.w.partial;
+        return shared ? partials + (b.partials + part * padded_rows(b)) * a.partial_size : a.w.partial;
     };
-    if (!shared) a.start(b);
+    const auto unfinished = [&] { return shared && __atomic_sub_fetch(&b.pending, 1, __ATOMIC_ACQ_REL); };
+    a.prepare(b);
     if constexpr (Isa::kRows > Isa::kFewRows)
-        if (many) {
-            a.prompt.attend(a, b, first, last, partial(range));
-            if (!shared) a.merge(b, partial(range));
+        if (b.rows > Isa::kFewRows) {
+            a.prompt.attend(a, b, first, last);
+            if (shared) a.prompt.save(b, partial(range));
+            if (unfinished()) return;
+            if (shared) a.prompt.clear(b);
+            for (int part = 0; shared && part < b.ranges; ++part) a.prompt.merge(b, partial(part));
+            return a.prompt.finish(a, b);
         }
-    for (int split = first; !many && split < last; ++split) {
+    if (!shared) a.start(b);
+    for (int split = first; split < last; ++split) {
         a.attend_split(b, split, partial(split));
         if (!shared) a.merge(b, partial(split));
     }
-    if (shared) {
-        if (__atomic_sub_fetch(&b.pending, 1, __ATOMIC_ACQ_REL)) return;
-        a.start(b);
-        for (int part = 0; part < (many ? b.ranges : b.splits); ++part) a.merge(b, partial(part));
-    }
+    if (unfinished()) return;
+    if (shared) a.start(b);
+    for (int part = 0; shared && part < b.splits; ++part) a.merge(b, partial(part));
     a.finish(b);
 }
 
@@ -94,10 +100,8 @@ void attend(const Step& step) {
     Block* blocks = static_cast<Block*>(allocate(capacity * sizeof(Block)));
     int threads = step.threads;
     const Plan made = plan(step, Isa::kRows, blocks, threads);
-    int partial_size = 0;
-    for (int h = 0; h < step.layer->heads; ++h) partial_size = most(partial_size, step.layer->value[h].latents);
     float* partials =
-        static_cast<float*>(allocate(made.partial_rows * (round_up(partial_size, 16) + 2) * sizeof(float)));
+        static_cast<float*>(allocate(made.partial_rows * Attention<Isa>::partial_size_of(*step.layer) * sizeof(float)));
     int next_block = 0, next_range = 0;
     threads = static_cast<int>(least<int64_t>(threads, made.tasks));
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -35,18 +35,23 @@ struct ExactWindow {
         }
     }
 
+    // A position's block; keys and values of its tokens follow each other.
+    template <class Block>
+    static const uint8_t* find(const Window& window, const Block& b, int64_t position) {
+        const int32_t block = window.table[b.sequence * window.table_stride + position / window.block];
+        return window.data + block * window.block_stride + b.head * window.head_stride;
+    }
+
   private:
     // Only tokens that some row of the block reads.
     template <class A, class Block>
     void load_tile(const A& a, const Block& b, int64_t base, int from, int until) const {
         const Window& window = a.step.window;
         const int dim = a.dim;
-        const int32_t* blocks = window.table + b.sequence * window.table_stride;
         float key[kMaxDim];
         for (int t = from; t < until; ++t) {
             const int64_t position = base + t;
-            const uint8_t* token =
-                window.data + blocks[position / window.block] * window.block_stride + b.head * window.head_stride;
+            const uint8_t* token = find(window, b, position);
             const int64_t offset = position % window.block * 2 * dim;
             load_row(token, window.dtype, offset, dim, key);
             for (int d = 0; d < dim; ++d) keys[d * kTile + t] = key[d];
