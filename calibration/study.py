@@ -143,7 +143,9 @@ class Study:
     @cached_property
     def attention_spectra(self) -> dict[int, Tensor]:
         """Eigenvalues of every layer's attention Fisher matrices, [query heads, T], on a few short windows."""
-        windows = self.windows[:FIM_WINDOWS, :FIM_CONTEXT]
+        length = min(FIM_CONTEXT, self.windows.shape[1])
+        # The beginnings of all windows, then what follows them where there are few.
+        windows = self.windows.unfold(1, length, length).transpose(0, 1).flatten(0, 1)[:FIM_WINDOWS]
         with steps("Measuring the Fisher information of attention", len(windows)) as progress:
             return attention_spectra(self.model, windows, progress)
 

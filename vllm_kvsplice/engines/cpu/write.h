@@ -8,20 +8,57 @@ namespace {
 
 // Multiply-adds: from about 20 microseconds of work on, two threads take hardly more than half as long.
 constexpr int64_t kWorthThreadsWriting = 1 << 18;
-// Tokens that share a pass over the analysis matrix.
-constexpr int kTokens = 4;
+// Tokens that share a pass over the analysis matrix at most: every number of it is widened once a pass.
+constexpr int kTokens = kRegisterBytes == 64 ? 8 : 4;
 
 inline uint8_t* first_byte(const Writing& writing, int64_t token) {
     const int64_t slot = writing.slots[token], block = writing.pages.block;
     return writing.pages.data + slot / block * writing.pages.block_stride + slot % block;
 }
 
-// Nearest levels of a group's latents, a byte each. `scale`: of position 0's latents, where these are its.
-KV_INLINE uint64_t codes_of(const Group& group, const double* latents, const float* scale) {
+#ifdef __AVX512VBMI__
+// Where a group's table of codes has those of sixteen latents.
+KV_INLINE __m256i places_of(const double* latents) {
+    const __m512 narrow = _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_loadu_pd(latents))),
+                                             _mm512_cvtpd_ps(_mm512_loadu_pd(latents + 8)), 1);
+    // A latent that is no number gets the last code, as from the reference engine: minimum and maximum answer their second.
+    const __m512 doubled = _mm512_max_ps(_mm512_min_ps(narrow + narrow, splat(255)), splat(-256));
+    constexpr int kUp = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
+    return _mm512_cvtepi32_epi16(_mm512_add_epi32(_mm512_cvt_roundps_epi32(doubled, kUp), _mm512_set1_epi32(256)));
+}
+
+// Nearest levels of a group's latents, eight bytes a token: places of 9 bits in a table of eight registers. Fewer tokens than
+// four count as four.
+template <int T>
+KV_INLINE void find_codes(const Group& group, const double (*latents)[8], uint64_t* codes) {
+    __m512i places[2] = {};
+    each<(T + 3) / 4>([&](auto i) KV_LAMBDA {
+        places[i] =
+            _mm512_inserti64x4(_mm512_castsi256_si512(places_of(latents[4 * i])), places_of(latents[4 * i + 2]), 1);
+    });
+    const __m512i bytes =
+        _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(places[0])), _mm512_cvtepi16_epi8(places[1]), 1);
+    const __m512i upper = _mm512_set1_epi16(256);
+    const __mmask64 second = _mm512_movepi8_mask(bytes),
+                    last = _mm512_test_epi16_mask(places[0], upper) |
+                           static_cast<__mmask64>(_mm512_test_epi16_mask(places[1], upper)) << 32;
+    __m512i found[4];
+    each<4>([&](auto i) KV_LAMBDA {
+        found[i] = _mm512_permutex2var_epi8(_mm512_loadu_si512(group.codes + 128 * i), bytes,
+                                            _mm512_loadu_si512(group.codes + 128 * i + 64));
+    });
+    const __m512i low = _mm512_mask_mov_epi8(found[0], second, found[1]),
+                  high = _mm512_mask_mov_epi8(found[2], second, found[3]);
+    alignas(64) uint64_t all[8];
+    _mm512_store_si512(all, _mm512_mask_mov_epi8(low, last, high));
+    for (int t = 0; t < T; ++t) codes[t] = all[t];
+}
+#else
+// Nearest levels of eight latents of a group, a byte each.
+KV_INLINE uint64_t codes_of(const Group& group, const double* latents) {
     typedef int32_t HalfInts __attribute__((vector_size(32)));
     HalfFloats doubled;
-    for (int i = 0; i < 8; ++i)
-        doubled[i] = 2 * static_cast<float>(!scale ? latents[i] : scale[i] > 0 ? latents[i] / scale[i] : 0);
+    for (int i = 0; i < 8; ++i) doubled[i] = 2 * static_cast<float>(latents[i]);
     // A latent that is no number gets the last code, as from the reference engine.
     doubled = doubled <= 255.0f ? doubled : HalfFloats{} + 255.0f;
     doubled = doubled >= -256.0f ? doubled : HalfFloats{} - 256.0f;
@@ -38,6 +75,17 @@ KV_INLINE uint64_t codes_of(const Group& group, const double* latents, const flo
     for (int i = 0; i < 8; ++i) codes |= static_cast<uint64_t>(group.codes[place[i]]) << 8 * i;
     return codes;
 #endif
+}
+
+template <int T>
+KV_INLINE void find_codes(const Group& group, const double (*latents)[8], uint64_t* codes) {
+    for (int t = 0; t < T; ++t) codes[t] = codes_of(group, latents[t]);
+}
+#endif
+
+// Position 0's latents have units of their own.
+inline void divide(double* latents, const float* scale) {
+    for (int i = 0; i < 8; ++i) latents[i] = scale[i] > 0 ? latents[i] / scale[i] : 0;
 }
 
 // The lowest `bits` bits of eight bytes, side by side.
@@ -61,74 +109,72 @@ KV_INLINE void scatter(uint64_t codes, uint8_t* byte, int64_t block) {
     if constexpr (W > bits) scatter<W - bits>(codes >> bits, byte + bits * block, block);
 }
 
-// A group's latents of up to four tokens of one head and kind.
-struct Latents {
-    const Writing& writing;
-    const Half& half;
-    int group;
-    const double (*sums)[8];  // of each token
-    const int64_t* tokens;
-    int count;
-};
-
+// A group's codes of some tokens, into their pages.
 template <int W>
-void write_group(const Latents& latents) {
-    const Group& group = latents.half.groups[latents.group];
-    const int64_t block = latents.writing.pages.block;
-    for (int t = 0; t < latents.count; ++t) {
-        const bool sink = latents.writing.positions[latents.tokens[t]] == 0;
-        const uint64_t codes =
-            codes_of(group, latents.sums[t], sink ? latents.half.sink_scale + 8 * latents.group : nullptr);
-        scatter<W>(codes, first_byte(latents.writing, latents.tokens[t]) + group.plane * block, block);
-    }
+void write_group(const Writing& writing, const Group& group, const uint64_t* codes, const int64_t* tokens, int count) {
+    const int64_t block = writing.pages.block;
+    for (int t = 0; t < count; ++t) scatter<W>(codes[t], first_byte(writing, tokens[t]) + group.plane * block, block);
 }
 
-// N groups from `first` of up to four tokens of one head and kind. Latents are summed in float64 like the reference's.
-template <int N>
+// N groups from `first` of up to T tokens of one head and kind. Latents are summed in float64 like the reference's.
+template <int N, int T>
 KV_INLINE void write_groups(const Writing& writing, const Half& half, int first, const double (*difference)[kMaxDim],
                             const int64_t* tokens, int count) {
     static constexpr decltype(&write_group<1>) by_width[] = {write_group<1>, write_group<2>, write_group<3>,
                                                              write_group<4>, write_group<5>, write_group<6>,
                                                              write_group<7>, write_group<8>};
     constexpr int kLanes = sizeof(Doubles) / sizeof(double), kParts = 8 / kLanes;
-    Doubles sums[N][kParts][kTokens] = {};
+    Doubles sums[N][kParts][T] = {};
     for (int d = 0; d < writing.layer->dim; ++d)
         each<N * kParts>([&](auto i) KV_LAMBDA {
             constexpr int n = i / kParts, part = i % kParts;
             const Doubles wide = widened(half.analysis + d * half.latents + 8 * (first + n) + kLanes * part);
-            each<kTokens>([&](auto t) KV_LAMBDA { sums[n][part][t] += wide * difference[t][d]; });
+            each<T>([&](auto t) KV_LAMBDA { sums[n][part][t] += wide * difference[t][d]; });
         });
-    double latents[N][kTokens][8];
-    each<N * kParts * kTokens>([&](auto i) KV_LAMBDA {
-        constexpr int n = i / kTokens / kParts, part = i / kTokens % kParts, t = i % kTokens;
+    double latents[N][most(T, 4)][8];
+    if constexpr (T < 4) std::memset(latents, 0, sizeof latents);
+    each<N * kParts * T>([&](auto i) KV_LAMBDA {
+        constexpr int n = i / T / kParts, part = i / T % kParts, t = i % T;
         store(latents[n][t] + kLanes * part, sums[n][part][t]);
     });
-    for (int n = 0; n < N; ++n)
-        by_width[half.groups[first + n].width - 1]({writing, half, first + n, latents[n], tokens, count});
+    for (int n = 0; n < N; ++n) {
+        for (int t = 0; t < count; ++t)
+            if (writing.positions[tokens[t]] == 0) divide(latents[n][t], half.sink_scale + 8 * (first + n));
+        uint64_t codes[T];
+        find_codes<T>(half.groups[first + n], latents[n], codes);
+        by_width[half.groups[first + n].width - 1](writing, half.groups[first + n], codes, tokens, count);
+    }
 }
 
-// Codes of up to four tokens of one head and kind, into their pages.
-inline void write_half(const Writing& writing, const Half& half, const Tokens& source, bool key, int head,
-                       const int64_t* tokens, int count) {
+// All groups from `first` on, N at once and fewer in the end.
+template <int N, int T>
+void write_all(const Writing& writing, const Half& half, int first, const double (*difference)[kMaxDim],
+               const int64_t* tokens, int count) {
+    for (; first + N <= half.group_count; first += N)
+        write_groups<N, T>(writing, half, first, difference, tokens, count);
+    if constexpr (N > 1) write_all<N / 2, T>(writing, half, first, difference, tokens, count);
+}
+
+// Codes of up to T tokens of one head and kind, into their pages.
+template <int T>
+void write_half(const Writing& writing, const Half& half, const Tokens& source, bool key, int head,
+                const int64_t* tokens, int count) {
     const int dim = writing.layer->dim;
     // Widened once, so that every group's products read them as they are.
-    double difference[kTokens][kMaxDim] = {};
-    for (int t = 0; t < count; ++t) {
-        float x[kMaxDim];
-        const int64_t at = tokens[t] * source.token_stride + head * source.head_stride;
-        // Of the pass after next: a twentieth of the time.
-        ask_row(source.data, source.dtype, at + 2 * kTokens * source.token_stride, dim);
-        load_row(source.data, source.dtype, at, dim, x);
-        float narrow[kMaxDim];
-        residual(*writing.layer, half, key, writing.positions[tokens[t]], x, narrow);
+    double difference[T][kMaxDim];
+    for (int t = 0; t < T; ++t) {
+        float x[kMaxDim], narrow[kMaxDim] = {};
+        if (t < count) {
+            const int64_t at = tokens[t] * source.token_stride + head * source.head_stride;
+            // Of the pass after next: a twentieth of the time.
+            ask_row(source.data, source.dtype, at + 2 * T * source.token_stride, dim);
+            load_row(source.data, source.dtype, at, dim, x);
+            residual(*writing.layer, half, key, writing.positions[tokens[t]], x, narrow);
+        }
         for (int d = 0; d < dim; ++d) difference[t][d] = narrow[d];
     }
     // Eight sums at once: enough that none waits for its last term.
-    constexpr int kAtOnce = kRegisterBytes == 64 ? 2 : 1;
-    int g = 0;
-    for (; g + kAtOnce <= half.group_count; g += kAtOnce)
-        write_groups<kAtOnce>(writing, half, g, difference, tokens, count);
-    if (g < half.group_count) write_groups<1>(writing, half, g, difference, tokens, count);
+    write_all<kRegisterBytes == 64 ? 8 / T : 1, T>(writing, half, 0, difference, tokens, count);
 }
 
 inline void write(const Writing& writing) {
@@ -151,7 +197,9 @@ inline void write(const Writing& writing) {
                 byte[c * writing.pages.block] = 0;
         }
         const Half& half = (key ? writing.layer->key : writing.layer->value)[head];
-        write_half(writing, half, key ? writing.key : writing.value, key, head, tokens, count);
+        const Tokens& source = key ? writing.key : writing.value;
+        const auto write_tokens = count > 4 ? write_half<kTokens> : count > 1 ? write_half<4> : write_half<1>;
+        write_tokens(writing, half, source, key, head, tokens, count);
     }
 }
 
