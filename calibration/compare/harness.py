@@ -88,7 +88,8 @@ def total_bits(method: Method, layers: Sequence[int], shape: ModelShape, context
 
 def better_peer(row: Row, rows: Iterable[Row]) -> Row | None:
     """The smallest peer whose perplexity is no higher than that of `row`, one of ours; variants of ours are no peers."""
-    better = [peer for peer in rows if not peer.family.startswith(row.family) and peer.ppl <= row.ppl]
+    ours = row.family.split(",")[0]
+    better = [peer for peer in rows if not peer.family.startswith(ours) and peer.ppl <= row.ppl]
     return min(better, key=lambda peer: peer.bits_per_element, default=None)
 
 

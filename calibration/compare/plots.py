@@ -17,7 +17,7 @@ from vllm_kvsplice.errors import KVSpliceError
 FLOOR_PERCENT = 0.01
 BITS, GROWTH = "bits per element", f"growth of perplexity, % (at least {FLOOR_PERCENT})"
 # Colour, and mark in Matplotlib and in plotly: colours that those who see them differently can tell apart (Okabe and Ito).
-OUR_STYLE = ("black", "o", "circle")
+OUR_STYLES = (("black", "o", "circle"), ("black", "*", "star"), ("black", "p", "pentagon"))
 STYLES = (
     ("#0072b2", "s", "square"),
     ("#d55e00", "^", "triangle-up"),
@@ -99,7 +99,9 @@ def interactive(rows: Sequence[Row]) -> go.Figure:
 
 def _curves(rows: Sequence[Row]) -> list[tuple[str, list[Row], tuple[str, str, str]]]:
     """Family, its points by size, and its style."""
-    peers = [family for family in dict.fromkeys(row.family for row in rows) if family != OURS]
-    styles = dict(zip(peers, cycle(STYLES), strict=False)) | {OURS: OUR_STYLE}
+    families = dict.fromkeys(row.family for row in rows)
+    peers = [family for family in families if not family.startswith(OURS)]
+    ours = sorted(family for family in families if family.startswith(OURS))
+    styles = dict(zip(peers, cycle(STYLES), strict=False)) | dict(zip(ours, cycle(OUR_STYLES), strict=False))
     by_size = sorted(rows, key=lambda row: row.bits_per_element)
     return [(family, [row for row in by_size if row.family == family], style) for family, style in styles.items()]

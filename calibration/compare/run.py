@@ -21,6 +21,7 @@ from vllm_kvsplice.artifact import Artifact, load_artifact
 from vllm_kvsplice.errors import KVSpliceError
 
 OURS = "KVSplice"
+ARTIFACTS = f"{OURS}, artifacts"
 # Bits per element at which our codecs are planned and fitted from one measurement.
 SIZES = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 
@@ -70,7 +71,7 @@ def run(settings: Settings) -> Iterator[Row]:
     for _, artifact in given:
         artifact.check_model(model.config)
     methods = [*PEERS, *(_fitted(settings, fit, model) if fit else ())]
-    methods += [_ours(name, artifact, model) for name, artifact in given]
+    methods += [_ours(name, artifact, model, ARTIFACTS) for name, artifact in given]
     with steps(f"Judging {len(methods)} methods", (1 + len(methods)) * len(windows)) as progress:
         yield from compare(model, methods, windows, settings.recent, progress)
 
@@ -87,6 +88,6 @@ def _fitted(settings: Settings, fit: CalibrationConfig, model: PreTrainedModel) 
         yield spline_first(measured, bits)
 
 
-def _ours(name: str, artifact: Artifact, model: PreTrainedModel) -> KVSplice:
+def _ours(name: str, artifact: Artifact, model: PreTrainedModel, family: str = OURS) -> KVSplice:
     codecs = {index: artifact.layer(index).to(model.device) for index in artifact.compressed_layers}
-    return KVSplice(f"{OURS} {name}", OURS, codecs)
+    return KVSplice(f"{OURS} {name}", family, codecs)

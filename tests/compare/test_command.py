@@ -70,6 +70,7 @@ def test_artifacts_are_judged_without_a_fit(folder: Path) -> None:
     rows = {row["method"]: row for row in json.loads((folder / "only.json").read_text())}
     assert rows["KVSplice mine"]["bits_per_element"] == 3 + 16 * 8 / 64
     assert rows["KVSplice mine"]["recent_window"] == 8
+    assert rows["KVSplice mine"]["family"] == "KVSplice, artifacts"
     assert not [name for name in rows if name.startswith("rank")]
     assert "KVSplice mine" in page.read_text()
     assert not (folder / "only.png").exists()
