@@ -133,10 +133,10 @@ struct AmxPrompt {
         const int64_t part = value_pairs * kTileNumbers;
         return {latents + group * 2 * part, part, 2};
     }
-    Columns asked_of(int group) const {
-        const int64_t part = asked_tiles * kTileNumbers;
-        return {asked + group * asked_parts * part, part, asked_parts};
+    uint16_t* asked_part(int group, int part) const {
+        return asked + (group * asked_parts + part) * asked_tiles * kTileNumbers;
     }
+    Columns asked_of(int group) const { return {asked_part(group, 0), asked_tiles * kTileNumbers, asked_parts}; }
 
     // --- before the context ------------------------------------------------------------------------------------------
 
@@ -152,8 +152,7 @@ struct AmxPrompt {
         std::memset(floats, 0, groups * wide * kLanes * sizeof(float));
         for (int group = 0; group < groups; ++group)
             for (int r = 0; r < half.latents; r += kProductRows)
-                multiply({half.parts + r * half.depth, half.depth, half.part, 2}, asked_of(group), asked_tiles,
-                         floats_of(group) + r * kLanes);
+                multiply(synthesis_from(half, r), asked_of(group), asked_tiles, floats_of(group) + r * kLanes);
         for (int group = 0; group < groups; ++group) quantise(a, half, group);
     }
 
@@ -196,9 +195,8 @@ struct AmxPrompt {
             const int64_t at = a.find_query(b, group * kLanes + lane);
             load_parts(from.data, from.dtype, at, dim, rows + lane * wide, rows + (kLanes + lane) * wide);
         }
-        const Columns columns = asked_of(group);
         for (int part = 0; part < asked_parts; ++part) {
-            uint16_t* tiles = const_cast<uint16_t*>(columns.tiles) + part * columns.part;
+            uint16_t* tiles = asked_part(group, part);
             for (int tile = 0; tile < asked_tiles; ++tile)
                 turn(rows + part * kLanes * wide + tile * kDepth, wide * sizeof(uint16_t),
                      [&](int c) KV_LAMBDA { return tiles + tile * kTileNumbers + c * kDepth; });
@@ -207,12 +205,11 @@ struct AmxPrompt {
 
     // And as floats.
     void scale_queries(int group, Floats scale) {
-        const Columns columns = asked_of(group);
         for (int d = 0; d < dim; d += 2) {
-            const Ints high = load<Ints>(columns.tiles + d / 2 * kDepth);
+            const Ints high = load<Ints>(asked_part(group, 0) + d / 2 * kDepth);
             Floats even = even_of(high), odd = odd_of(high);
             if (asked_parts == 2) {
-                const Ints low = load<Ints>(columns.tiles + columns.part + d / 2 * kDepth);
+                const Ints low = load<Ints>(asked_part(group, 1) + d / 2 * kDepth);
                 even += even_of(low);
                 odd += odd_of(low);
             }
@@ -565,8 +562,7 @@ struct AmxPrompt {
         for (int group = 0; group < groups; ++group) join_sums(a, half, group, depth);
         for (int group = 0; group < groups; ++group)
             for (int d = 0; d < dim; d += kProductRows)
-                multiply({half.parts + d * half.depth, half.depth, half.part, 2}, latents_of(group), depth,
-                         floats_of(group) + d * kLanes);
+                multiply(synthesis_from(half, d), latents_of(group), depth, floats_of(group) + d * kLanes);
         for (int group = 0; group < groups; ++group) put_out(a, b, group);
     }
 

@@ -95,6 +95,11 @@ struct Columns {
     int parts;
 };
 
+// A codec's synthesis from a row on.
+inline Rows synthesis_from(const Half& half, int row) {
+    return {half.parts + row * half.depth, half.depth, half.part, 2};
+}
+
 // out [64, 16] += a [64, 32 depth] x b [32 depth, 16], but for the product of what both leave.
 KV_INLINE void multiply(const Rows& a, const Columns& b, int depth, float* out) {
     const auto at = [&](int tile, int k, int part)

@@ -6,7 +6,7 @@
 //
 // An `Isa` has:
 //     kRows              query rows that share what is unpacked
-//     kFewRows, Prompt   more rows than these attend to a split in its own way; `Nobody` where there is none
+//     kFewRows, Prompt   blocks of more rows than these are its own, from queries to outputs; `Nobody` where there is none
 //     kQuads             the order of a tile's tokens in scores: false as they are, true with its 4 x 4 quads transposed
 //     Session            what a thread holds while it attends
 //     pack_query         16-bit numbers of a row, as its score_latents reads them; 2 bytes each
@@ -77,7 +77,7 @@ struct Block {
 constexpr int kRowsAhead = 8;
 constexpr float kLog2E = 1.4426950408889634f;
 
-// Everything a thread needs for a block of at most M rows.
+// Everything a thread needs for a block of at most M rows: which tokens each reads, and what few of them need besides.
 template <int M>
 struct Workspace {
     float *query, *absorbed, *pairs, *turned, *scores, *partial, *state, *first_key, *first_value;
@@ -190,20 +190,22 @@ struct Attention {
         for (int row = 0; row < b.rows; ++row) quantise(half, row);
     }
 
+    // A row's token in the step, and its query head.
+    int64_t token_of(const Block& b, int row) const { return b.query + (b.first + row) / step.group; }
+    int64_t head_of(const Block& b, int row) const { return b.head * step.group + (b.first + row) % step.group; }
+
     // Where a row's query begins. Tokens lie far apart, so nobody else asks for the next ones in time: a tenth of a short
     // prompt's time.
     int64_t find_query(const Block& b, int row) const {
-        const int64_t token = (b.first + row) / step.group, head = b.head * step.group + (b.first + row) % step.group;
-        const int64_t at = (b.query + token) * step.query.token_stride + head * step.query.head_stride,
+        const int64_t at = token_of(b, row) * step.query.token_stride + head_of(b, row) * step.query.head_stride,
                       ahead = kRowsAhead / step.group + 1;
         ask_row(step.query.data, step.query.dtype, at + ahead * step.query.token_stride, dim);
         return at;
     }
 
     void put_out(const Block& b, int row, const float* output) const {
-        const int64_t token = b.query + (b.first + row) / step.group,
-                      head = b.head * step.group + (b.first + row) % step.group;
-        store_row(output, step.output_dtype, token * step.output_token_stride + head * dim, dim, step.output);
+        const int64_t at = token_of(b, row) * step.output_token_stride + head_of(b, row) * dim;
+        store_row(output, step.output_dtype, at, dim, step.output);
     }
 
     // An absorbed query in 16 bits.

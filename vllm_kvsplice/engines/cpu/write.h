@@ -163,14 +163,16 @@ void write_half(const Writing& writing, const Half& half, const Tokens& source, 
     // Widened once, so that every group's products read them as they are.
     double difference[T][kMaxDim];
     for (int t = 0; t < T; ++t) {
-        float x[kMaxDim], narrow[kMaxDim] = {};
-        if (t < count) {
-            const int64_t at = tokens[t] * source.token_stride + head * source.head_stride;
-            // Of the pass after next: a twentieth of the time.
-            ask_row(source.data, source.dtype, at + 2 * T * source.token_stride, dim);
-            load_row(source.data, source.dtype, at, dim, x);
-            residual(*writing.layer, half, key, writing.positions[tokens[t]], x, narrow);
+        if (t >= count) {
+            std::memset(difference[t], 0, dim * sizeof(double));
+            continue;
         }
+        float x[kMaxDim], narrow[kMaxDim];
+        const int64_t at = tokens[t] * source.token_stride + head * source.head_stride;
+        // Of the pass after next: a twentieth of the time.
+        ask_row(source.data, source.dtype, at + 2 * T * source.token_stride, dim);
+        load_row(source.data, source.dtype, at, dim, x);
+        residual(*writing.layer, half, key, writing.positions[tokens[t]], x, narrow);
         for (int d = 0; d < dim; ++d) difference[t][d] = narrow[d];
     }
     // Eight sums at once: enough that none waits for its last term.
