@@ -167,7 +167,8 @@ struct Attention {
 
     // --- before the context ------------------------------------------------------------------------------------------
 
-    void prepare(const Block& b) {
+    // `split` is the first that this thread reads.
+    void prepare(const Block& b, int split) {
         const Half& half = layer.key[b.head];
         const int64_t first_query = b.context - b.queries;
         for (int row = 0; row < b.rows; ++row) {
@@ -178,16 +179,30 @@ struct Attention {
         }
         if constexpr (kRows > kFewRows)
             if (b.rows > kFewRows) return prompt.prepare(*this, b);
+        ask_ahead(b, split);
         for (int row = 0; row < b.rows; ++row) {
             float* q = w.query + row * round_up(dim, 16);
             load_row(step.query.data, step.query.dtype, find_query(b, row), dim, q);
             for (int d = 0; d < dim; ++d) q[d] *= step.scale * kLog2E;
             w.constant[row] = split_mean(half, q, w.pairs + row * 2 * pairs);
         }
-        combine({w.query, round_up(dim, 16), dim, half.synthesis, half.latents, half.latents, w.absorbed,
-                 round_up(key_latents, 16)},
-                b.rows);
+        multiply(w.query, round_up(dim, 16), dim, half.synthesis, half.latents, w.absorbed, round_up(key_latents, 16),
+                 b.rows);
         for (int row = 0; row < b.rows; ++row) quantise(half, row);
+    }
+
+    // What few rows read first comes while their queries are absorbed: a split's first tile and up to a tile of exact tokens.
+    void ask_ahead(const Block& b, int split) const {
+        const int64_t position = static_cast<int64_t>(split) * kSplit;
+        for (const Half* half : {layer.key + b.head, layer.value + b.head}) {
+            if (!half->group_count || position >= b.context) continue;
+            const uint8_t* page = page_of(b, *half, position);
+            for (int64_t c = 0; c < plane_count(*half); ++c) __builtin_prefetch(page + c * step.pages.block);
+        }
+        const Window& exact = step.window;
+        const int64_t begin = most<int64_t>(0, w.begin[0]), end = least(begin + kTile, w.last[b.rows - 1] + 1);
+        for (int64_t i = begin; exact.size && i < end; ++i)
+            ask_row(ExactWindow::find(exact, b, i), exact.dtype, i % exact.block * 2 * dim, 2 * dim);
     }
 
     // A row's token in the step, and its query head.
@@ -206,6 +221,15 @@ struct Attention {
     void put_out(const Block& b, int row, const float* output) const {
         const int64_t at = token_of(b, row) * step.output_token_stride + head_of(b, row) * dim;
         store_row(output, step.output_dtype, at, dim, step.output);
+    }
+
+    // Rows by one of a codec's matrices, in columns of kColumns.
+    static void multiply(const float* rows, int64_t stride, int count, const float* matrix, int width, float* out,
+                         int64_t out_stride, int row_count) {
+        for (int d = 0; d < width; d += kColumns) {
+            const int columns = least(kColumns, width - d);
+            combine({rows, stride, count, matrix + d * count, columns, columns, out + d, out_stride}, row_count);
+        }
     }
 
     // An absorbed query in 16 bits.
@@ -507,8 +531,7 @@ struct Attention {
         if (step.window.size) window.attend(*this, b);
         const Half& half = layer.value[b.head];
         // Queries are done with: their place takes the outputs.
-        combine({state(0).latents(), state_size, half.latents, half.synthesis, dim, dim, w.query, round_up(dim, 16)},
-                b.rows);
+        multiply(state(0).latents(), state_size, half.latents, half.synthesis, dim, w.query, round_up(dim, 16), b.rows);
         for (int row = 0; row < b.rows; ++row) {
             State& s = state(row);
             float* output = w.query + row * round_up(dim, 16);

@@ -202,7 +202,9 @@ class Codec {
     Codec(const std::map<std::string, Tensor>& key, const std::map<std::string, Tensor>& value,
           const Widths& key_widths, const Widths& value_widths, const Widths& key_planes, const Widths& value_planes,
           const std::optional<Tensor>& inv_freq, bool interleaved, int64_t code_bytes)
-        : keys_(make_halves(key, key_widths, key_planes, false)),
+        : dim_(key.at("mean").size(1)),
+          matrices_(4 * key.at("mean").size(0) * dim_ * dim_),
+          keys_(make_halves(key, key_widths, key_planes, false)),
           values_(make_halves(value, value_widths, value_planes, true)) {
         if (inv_freq && inv_freq->numel()) rotary = shared_rotary(inv_freq->contiguous(), interleaved);
         layer = {static_cast<int>(keys_.size()),
@@ -222,6 +224,17 @@ class Codec {
     const float* keep(Tensor tensor) {
         kept_.push_back(tensor.to(at::kFloat).contiguous().clone());
         return kept_.back().const_data_ptr<float>();
+    }
+
+    // In columns of kColumns; all of them lie in the order they are used in, `place` says where.
+    const float* keep_matrix(const Tensor& matrix, int64_t place) {
+        float* at = matrices_.data() + place * dim_ * dim_;
+        float* out = at;
+        for (const Tensor& columns : matrix.to(at::kFloat).split(kColumns, 1)) {
+            const Tensor whole = columns.contiguous();
+            out = std::copy_n(whole.const_data_ptr<float>(), whole.numel(), out);
+        }
+        return at;
     }
 
     void keep_parts(const Tensor& matrix, Half& half) {
@@ -253,14 +266,17 @@ class Codec {
             halves.push_back({groups->data(), static_cast<int>(groups->size()), static_cast<int>(latents.size()),
                               keep(kind.at("mean")[head]), keep(kind.at("sink")[head]),
                               keep(kind.at("sink_scale")[head].index_select(0, used)),
-                              keep(kind.at("analysis")[head].index_select(0, used).t()),
-                              keep(value ? synthesis.t() : synthesis), nullptr, 0, 0});
+                              keep_matrix(kind.at("analysis")[head].index_select(0, used).t(), 2 * head + value),
+                              keep_matrix(value ? synthesis.t() : synthesis, 2 * (widths.size() + head) + value),
+                              nullptr, 0, 0});
             keep_parts(value ? synthesis : synthesis.t(), halves.back());
             groups_.push_back(std::move(groups));
         }
         return halves;
     }
 
+    int64_t dim_;
+    Table matrices_;
     std::vector<Tensor> kept_;
     std::vector<std::unique_ptr<std::vector<Group>>> groups_;
     std::vector<Half> keys_, values_;

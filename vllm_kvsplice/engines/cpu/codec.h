@@ -26,6 +26,7 @@ constexpr int kTile = 64;
 constexpr int kSplit = 512;
 constexpr int kSplitTiles = kSplit / kTile;
 constexpr int kMaxDim = 256;
+constexpr int kColumns = 64;
 constexpr float kNever = -1e30f;
 
 enum class Dtype { kFloat32, kBfloat16, kFloat16 };
@@ -51,8 +52,9 @@ struct Half {
     int latents;               // R = 8 * group_count
     const float *mean, *sink;  // [D]
     const float* sink_scale;   // [R]
-    const float* analysis;     // [D, R]
-    const float* synthesis;    // keys [D, R], values [R, D]
+    // Matrices for few rows, 64 columns after the other, so that they are read as they lie: none is at hand when a layer begins.
+    const float* analysis;   // [D, R]
+    const float* synthesis;  // keys [D, R], values [R, D]
     // Its columns, keys [R, D] and values [D, R], as sums of two bfloat16 matrices, `part` numbers apart; rows are filled up
     // with zeros to 64, and to a length of `depth`, a multiple of 32.
     const uint16_t* parts;

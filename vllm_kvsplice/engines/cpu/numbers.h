@@ -47,10 +47,13 @@ inline void load_row(const void* data, Dtype dtype, int64_t offset, int count, f
 
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// Asks for a row that will be loaded soon; it may lie anywhere.
+// Asks for memory that will be read soon; it may lie anywhere. Into the second cache, as the first holds what is read now.
+inline void ask(const void* data, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(data) + byte, 0, 2);
+}
+
 inline void ask_row(const void* data, Dtype dtype, int64_t offset, int count) {
-    const char* row = static_cast<const char*>(data) + offset * bytes_of(dtype);
-    for (int64_t byte = 0; byte < count * bytes_of(dtype); byte += 64) __builtin_prefetch(row + byte);
+    ask(static_cast<const char*>(data) + offset * bytes_of(dtype), count * bytes_of(dtype));
 }
 
 // And back, rounded to even.

@@ -6,8 +6,8 @@
 namespace kvsplice {
 namespace {
 
-// Splits times rows times dimensions: below about 20 microseconds of work, waking threads costs more than it saves.
-constexpr int64_t kWorthThreads = 2048;
+// Splits times rows times dimensions: below a few microseconds of work, waking threads costs more than it saves.
+constexpr int64_t kWorthThreads = 512;
 
 // Of a partial result.
 inline int64_t padded_rows(const Block& b) { return round_up(b.rows, 16); }
@@ -69,7 +69,7 @@ void run_task(Attention<Isa>& a, Block& b, int range, int64_t length, float* par
         return shared ? partials + (b.partials + part * padded_rows(b)) * a.partial_size : a.w.partial;
     };
     const auto unfinished = [&] { return shared && __atomic_sub_fetch(&b.pending, 1, __ATOMIC_ACQ_REL); };
-    a.prepare(b);
+    a.prepare(b, first);
     if constexpr (Isa::kRows > Isa::kFewRows)
         if (b.rows > Isa::kFewRows) {
             a.prompt.attend(a, b, first, last);

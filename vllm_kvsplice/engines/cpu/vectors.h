@@ -90,6 +90,9 @@ KV_INLINE V larger(V a, V b) {
     return a > b ? a : b;
 }
 
+// How far ahead a matrix is asked for: two pages of memory, because the processor looks ahead no further than to a page's end.
+constexpr int kFloatsAhead = 2048;
+
 // out[n, d] = sum_r weights[n, r] matrix[r, d]: `rows` small vectors by one matrix.
 struct Product {
     const float* weights;
@@ -111,6 +114,7 @@ KV_INLINE void combine_block(const Product& p, int first, int d) {
     for (int r = 0; r < p.count; ++r) {
         const float* row = p.matrix + r * p.matrix_stride + d;
         Vector values[V];
+        ask(row + kFloatsAhead, V * sizeof(Vector));
         each<V>([&](auto v) KV_LAMBDA { values[v] = load<Vector>(row + lanes * v); });
         each<N>([&](auto n) KV_LAMBDA {
             const float weight = p.weights[(first + n) * p.weights_stride + r];

@@ -6,8 +6,8 @@
 namespace kvsplice {
 namespace {
 
-// Multiply-adds: from about 20 microseconds of work on, two threads take hardly more than half as long.
-constexpr int64_t kWorthThreadsWriting = 1 << 18;
+// Multiply-adds. One token's take few microseconds, but its layer's matrices come from memory, and that two threads do sooner.
+constexpr int64_t kWorthThreadsWriting = 1 << 14;
 // Tokens that share a pass over the analysis matrix at most: every number of it is widened once a pass.
 constexpr int kTokens = kRegisterBytes == 64 ? 8 : 4;
 
@@ -116,6 +116,14 @@ void write_group(const Writing& writing, const Group& group, const uint64_t* cod
     for (int t = 0; t < count; ++t) scatter<W>(codes[t], first_byte(writing, tokens[t]) + group.plane * block, block);
 }
 
+// Asks for a group's codes, and for where they go.
+inline void ask_group(const Writing& writing, const Group& group, const int64_t* tokens, int count) {
+    ask(group.codes, sizeof group.codes);
+    for (int t = 0; t < count; ++t)
+        for (int c = 0; c < group.width; ++c)
+            __builtin_prefetch(first_byte(writing, tokens[t]) + (group.plane + c) * writing.pages.block, 1);
+}
+
 // N groups from `first` of up to T tokens of one head and kind. Latents are summed in float64 like the reference's.
 template <int N, int T>
 KV_INLINE void write_groups(const Writing& writing, const Half& half, int first, const double (*difference)[kMaxDim],
@@ -124,13 +132,20 @@ KV_INLINE void write_groups(const Writing& writing, const Half& half, int first,
                                                              write_group<4>, write_group<5>, write_group<6>,
                                                              write_group<7>, write_group<8>};
     constexpr int kLanes = sizeof(Doubles) / sizeof(double), kParts = 8 / kLanes;
+    // A prompt has them at hand.
+    if (writing.tokens <= kTokens)
+        for (int n = 0; n < N; ++n) ask_group(writing, half.groups[first + n], tokens, count);
+    const int column = 8 * first / kColumns * kColumns, stride = least(kColumns, half.latents - column);
+    const float* matrix = half.analysis + column * writing.layer->dim + 8 * first - column;
     Doubles sums[N][kParts][T] = {};
-    for (int d = 0; d < writing.layer->dim; ++d)
+    for (int d = 0; d < writing.layer->dim; ++d) {
+        ask(matrix + d * stride + kFloatsAhead, 8 * N * sizeof(float));
         each<N * kParts>([&](auto i) KV_LAMBDA {
             constexpr int n = i / kParts, part = i % kParts;
-            const Doubles wide = widened(half.analysis + d * half.latents + 8 * (first + n) + kLanes * part);
+            const Doubles wide = widened(matrix + d * stride + 8 * n + kLanes * part);
             each<T>([&](auto t) KV_LAMBDA { sums[n][part][t] += wide * difference[t][d]; });
         });
+    }
     double latents[N][most(T, 4)][8];
     if constexpr (T < 4) std::memset(latents, 0, sizeof latents);
     each<N * kParts * T>([&](auto i) KV_LAMBDA {
