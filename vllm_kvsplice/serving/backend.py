@@ -1,11 +1,13 @@
 """The attention backend: what vLLM asks of one, answered for pages of packed latents.
 
 The page sizes of layers differ. vLLM takes a layer's page size from its backend class, and asks that class without saying
-for which layer, so every layer gets a subclass of its own that knows (`_subclass_for`). All use of vLLM's
-``customize_spec``, which is documented there as temporary, is in `KVSpliceBackend.customize_spec`.
+for which layer, so there is a subclass for every size (`_backend_of`). Layers of one size share it, because vLLM prepares
+every step once a class. All use of vLLM's ``customize_spec``, which is documented there as temporary, is in
+`KVSpliceBackend.customize_spec`.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +47,7 @@ class KVSpliceBackend(AttentionBackend):
 
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    # Bytes of one token in one layer; set on the subclass that `_subclass_for` makes.
+    # Bytes of one token in one layer; set on the subclass that `_backend_of` makes.
     token_bytes: ClassVar[int | None] = None
 
     @staticmethod
@@ -89,9 +91,9 @@ class KVSpliceBackend(AttentionBackend):
         return replace(spec, num_head_slots=1, state_content_bytes=cls.token_bytes)
 
 
-def _subclass_for(layer_name: str, token_bytes: int) -> type[KVSpliceBackend]:
-    name = f"KVSpliceBackend_{layer_name.replace('.', '_')}"
-    return type(name, (KVSpliceBackend,), {"token_bytes": token_bytes})
+@cache
+def _backend_of(token_bytes: int) -> type[KVSpliceBackend]:
+    return type(f"KVSpliceBackend{token_bytes}", (KVSpliceBackend,), {"token_bytes": token_bytes})
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def positions_of(common: CommonAttentionMetadata) -> Tensor:
 
 
 class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
-    """vLLM makes one builder per page size, that is about one per layer; they all share one step's metadata."""
+    """vLLM makes one builder per page size; they all share one step's metadata."""
 
     _latest: ClassVar[tuple[CommonAttentionMetadata, KVSpliceMetadata] | None] = None
 
@@ -195,7 +197,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         device = next(iter(layer.parameters()), torch.empty(0)).device
         self._codec = self._artifact.layer_shard(index, rank, ranks).to(device)
         assert (self._codec.num_kv_heads, self._codec.head_dim) == (self.num_kv_heads, self.head_size)
-        layer.attn_backend = _subclass_for(name, self._codec.layout.token_bytes)
+        layer.attn_backend = _backend_of(self._codec.layout.token_bytes)
         if self._settings.recent_window:
             assert self._settings.window_block is not None
             hit_alignment = self._vllm_config.cache_config.block_size
@@ -209,11 +211,11 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         if metadata is None:
             return
         positions = metadata[layer.layer_name].positions
-        count = len(positions)
-        key, value = key[:count], value[:count]
-        self._engine.write(self._codec, key, value, positions, slot_mapping[:count], self._pages(kv_cache))
+        count = positions.shape[0]
+        key, value, slots = _first(count, key), _first(count, value), _first(count, slot_mapping)
+        self._engine.write(self._codec, key, value, positions, slots, self._pages(kv_cache))
         if self._window:
-            slots = metadata[self._window.name].slots[:count]
+            slots = _first(count, metadata[self._window.name].slots)
             self._engine.write_window(key, value, slots, self._window.kv_cache)
 
     def forward(
@@ -236,12 +238,11 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
                 # By such steps vLLM measures how much memory a step takes: take what attention would.
                 query.new_empty(WORKSPACE, *query.shape, dtype=torch.float32)
             return output.zero_()
-        count = len(attn_metadata.positions)
+        count = attn_metadata.positions.shape[0]
         window = self._exact(key, value)
-        self._engine.attend(
-            self._codec, query[:count], self._pages(kv_cache), attn_metadata.batch, self.scale, window, output[:count]
-        )
-        if count < len(output):
+        query, batch = _first(count, query), attn_metadata.batch
+        self._engine.attend(self._codec, query, self._pages(kv_cache), batch, self.scale, window, _first(count, output))
+        if count < output.shape[0]:
             output[count:] = 0
         return output
 
@@ -260,10 +261,16 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         pages, table = self._window.kv_cache, step.block_table
         if scratch := step.scratch:
             pages, table = scratch.pages, scratch.block_table
-            pages[scratch.copied_to] = self._window.kv_cache[scratch.copied_from]
-            count = len(scratch.slots)
-            self._engine.write_window(key[:count], value[:count], scratch.slots, pages)
+            if scratch.copied_to.shape[0]:
+                pages[scratch.copied_to] = self._window.kv_cache[scratch.copied_from]
+            count = scratch.slots.shape[0]
+            self._engine.write_window(_first(count, key), _first(count, value), scratch.slots, pages)
         return Window(self._window.tokens, pages, table, self._settings.prefill == "exact")
+
+
+def _first(count: int, tensor: Tensor) -> Tensor:
+    """`tensor[:count]`, which takes a microsecond also where nothing is cut off: several a layer, in every step."""
+    return tensor if tensor.shape[0] == count else tensor[:count]
 
 
 def _as_pages(kv_cache: Tensor) -> Tensor:
