@@ -21,6 +21,7 @@ from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from tests.codecs import make_codec
+from vllm_kvsplice.codec import LayerCodec
 from vllm_kvsplice.engines import Batch, Window
 from vllm_kvsplice.engines.cpu import CpuEngine
 
@@ -114,20 +115,28 @@ def fill_stock(load: Load, cache: tuple[Tensor, Tensor], isa: str, cache_dtype: 
         ops.cpu_attn_reshape_and_cache(*tokens, *cache, slots, isa, kv_cache_dtype=cache_dtype)
 
 
+def our_layers(load: Load) -> list[tuple[LayerCodec, Tensor]]:
+    """Every layer's own codec and pages."""
+    _, kv_heads, dim = load.dims
+    codecs = [make_codec(kv_heads, dim, widths=WIDTHS, seed=layer) for layer in range(load.layers)]
+    shape = (load.blocks, codecs[0].layout.token_bytes, BLOCK)
+    return [(codec, torch.randint(256, shape, dtype=torch.uint8)) for codec in codecs]
+
+
 def ours(load: Load, engine: CpuEngine) -> Callable[[], None]:
     """The same over packed pages and an exact window."""
     _, kv_heads, dim = load.dims
-    codec = make_codec(kv_heads, dim, widths=WIDTHS)
-    shape = (load.blocks, codec.layout.token_bytes, BLOCK)
-    pages = [torch.randint(256, shape, dtype=torch.uint8) for _ in range(load.layers)]
     raw_table = load.table(WINDOW_BLOCK)
-    raw = torch.randn(int(raw_table.max()) + 1, kv_heads, WINDOW_BLOCK, 2 * dim, dtype=torch.bfloat16)
-    window = Window(WINDOW, raw, raw_table)
+    raw_shape = (int(raw_table.max()) + 1, kv_heads, WINDOW_BLOCK, 2 * dim)
+    layers = [
+        (codec, pages, Window(WINDOW, torch.randn(raw_shape).bfloat16(), raw_table))
+        for codec, pages in our_layers(load)
+    ]
     batch, output = Batch(load.starts, load.lengths, load.table(BLOCK)), torch.empty_like(load.query)
 
     def run() -> None:
-        for layer in pages:
-            engine.attend(codec, load.query, layer, batch, dim**-0.5, window, output)
+        for codec, pages, window in layers:
+            engine.attend(codec, load.query, pages, batch, dim**-0.5, window, output)
 
     return run
 
@@ -135,14 +144,13 @@ def ours(load: Load, engine: CpuEngine) -> Callable[[], None]:
 def encoding(load: Load, engine: CpuEngine) -> Callable[[], None]:
     """Writing one decode step's tokens of every layer."""
     _, kv_heads, dim = load.dims
-    codec = make_codec(kv_heads, dim, widths=WIDTHS)
-    pages = torch.zeros(load.blocks, codec.layout.token_bytes, BLOCK, dtype=torch.uint8)
+    layers = our_layers(load)
     key, value = torch.randn(2, load.tokens, kv_heads, dim, dtype=torch.bfloat16)
     positions = torch.full((load.tokens,), load.context - 1)
     slots = torch.arange(load.tokens) * (load.context // BLOCK) * BLOCK + BLOCK
 
     def run() -> None:
-        for _ in range(load.layers):
+        for codec, pages in layers:
             engine.write(codec, key, value, positions, slots, pages)
 
     return run
