@@ -26,6 +26,7 @@ constexpr int kTile = 64;
 constexpr int kSplit = 512;
 constexpr int kSplitTiles = kSplit / kTile;
 constexpr int kMaxDim = 256;
+// Columns of a matrix that lie together.
 constexpr int kColumns = 64;
 constexpr float kNever = -1e30f;
 
