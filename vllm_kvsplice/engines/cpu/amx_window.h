@@ -28,9 +28,9 @@ struct AmxWindow {
         place(at, scores, kTile * kLanes);
     }
 
-    // The rows' weighted values go to `sums` [groups, wide, 16 rows]; `queries` are the groups' columns, not scaled.
-    template <class A, class Block, class Queries>
-    void attend(const A& a, const Block& b, Queries queries, float* sums) {
+    // The rows' weighted values go to `sums` [groups, wide, 16 rows]; `queries` gives a group's columns, not scaled.
+    template <class A, class ColumnsOf>
+    void attend(const A& a, const Block& b, ColumnsOf queries, float* sums) {
         const int32_t never = INT32_MAX;
         int32_t from = never, until = 0;
         for (int row = 0; row < kManyRows; ++row) {
@@ -53,7 +53,7 @@ struct AmxWindow {
 
   private:
     // Only tokens that some row of the block reads; zeros elsewhere.
-    template <class A, class Block>
+    template <class A>
     void load_tile(const A& a, const Block& b, int32_t base, int32_t from, int32_t until) const {
         const Window& window = a.step.window;
         const int64_t part = kTile * wide;

@@ -16,84 +16,14 @@
 //     sum_values         sums of products of probabilities and values over a split, [rows, stride]
 #pragma once
 
-#include "vectors.h"
 #include "window.h"
 
 namespace kvsplice {
 namespace {
 
-// Byte planes of some tiles of one half, and of the tiles whose turn comes next, to be asked for meanwhile (null: none).
-// All at once those would hold up the core, so whoever unpacks a group asks for the same group's.
-struct Tiles {
-    const uint8_t* data[kSplitTiles];
-    const uint8_t* next[kSplitTiles];
-    int64_t stride;
-    int count;
-
-    KV_INLINE void ask(int tile, int64_t plane, int count) const {
-        if (!next[tile]) return;
-        for (int c = 0; c < count; ++c) __builtin_prefetch(next[tile] + (plane + c) * stride, 0, 2);
-    }
-};
-
-// Query rows in whole numbers, and what their products are worth: score = unit * (product - offset).
-struct Queries {
-    const int16_t* numbers;
-    int64_t stride;
-    const float* unit;
-    const int32_t* offset;
-    int rows;
-};
-
-// Token of a tile that stands at place `s` of its scores.
-template <class Isa>
-constexpr int token_at(int s) {
-    return Isa::kQuads ? s / 4 % 4 * 16 + s / 16 * 4 + s % 4 : s;
-}
-
-template <class Isa>
-struct Order {
-    alignas(64) int32_t token[kTile];
-    constexpr Order() : token() {
-        for (int s = 0; s < kTile; ++s) token[s] = token_at<Isa>(s);
-    }
-};
-template <class Isa>
-constexpr Order<Isa> kOrder{};
-
-// Consecutive query rows of one sequence and KV head, row = token * G + head of the group.
-struct Block {
-    int sequence, head, first, rows;
-    int64_t query;     // index in the step of the sequence's first query
-    int64_t context;   // tokens stored of the sequence
-    int64_t queries;   // of the sequence
-    int splits;        // that some row reads
-    int ranges;        // that the splits are divided in; 1: all by whoever takes the block
-    int pending;       // ranges not finished
-    int64_t partials;  // where this block's partial results lie
-};
-
 // How many rows before a query is read its memory is asked for.
 constexpr int kRowsAhead = 8;
 constexpr float kLog2E = 1.4426950408889634f;
-
-// Everything a thread needs for a block of at most M rows: which tokens each reads, and what few of them need besides.
-template <int M>
-struct Workspace {
-    float *query, *absorbed, *pairs, *turned, *scores, *partial, *state, *first_key, *first_value;
-    int16_t *quantised, *probability, *unpacked;
-    int32_t* sums;
-    uint8_t* tiles;
-    float unit[M], constant[M], top[M], weight[M];
-    int32_t offset[M];
-    int64_t stored[M], begin[M], last[M];  // stored positions end, exact ones begin and end
-};
-
-// A row's softmax so far, relative to 2^top: weights, then latents [R], then exact values [D].
-struct State {
-    float top, total, on_stored, on_sink;
-    float* latents() { return reinterpret_cast<float*>(this + 1); }
-};
 
 struct Nobody {
     template <class A>
@@ -196,8 +126,7 @@ struct Attention {
         const int64_t position = static_cast<int64_t>(split) * kSplit;
         for (const Half* half : {layer.key + b.head, layer.value + b.head}) {
             if (!half->group_count || position >= b.context) continue;
-            const uint8_t* page = page_of(b, *half, position);
-            for (int64_t c = 0; c < plane_count(*half); ++c) __builtin_prefetch(page + c * step.pages.block);
+            ask_planes(page_of(b, *half, position), plane_count(*half), step.pages.block);
         }
         const Window& exact = step.window;
         const int64_t begin = most<int64_t>(0, w.begin[0]), end = least(begin + kTile, w.last[b.rows - 1] + 1);

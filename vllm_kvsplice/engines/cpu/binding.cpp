@@ -207,11 +207,7 @@ class Codec {
           keys_(make_halves(key, key_widths, key_planes, false)),
           values_(make_halves(value, value_widths, value_planes, true)) {
         if (inv_freq && inv_freq->numel()) rotary = shared_rotary(inv_freq->contiguous(), interleaved);
-        layer = {static_cast<int>(keys_.size()),
-                 static_cast<int>(key.at("mean").size(1)),
-                 code_bytes,
-                 keys_.data(),
-                 values_.data(),
+        layer = {static_cast<int>(keys_.size()),  static_cast<int>(dim_), code_bytes, keys_.data(), values_.data(),
                  rotary ? &rotary->view : nullptr};
         TORCH_CHECK(layer.dim <= kMaxDim && layer.dim % 8 == 0, "heads of ", layer.dim,
                     " dimensions are not supported");
@@ -226,7 +222,7 @@ class Codec {
         return kept_.back().const_data_ptr<float>();
     }
 
-    // In columns of kColumns; all of them lie in the order they are used in, `place` says where.
+    // Columns of kColumns, one after the other; matrices lie in the order of their use, which `place` counts.
     const float* keep_matrix(const Tensor& matrix, int64_t place) {
         float* at = matrices_.data() + place * dim_ * dim_;
         float* out = at;

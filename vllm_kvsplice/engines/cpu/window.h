@@ -1,7 +1,7 @@
 // The exact window: the newest tokens of a row, read as they are and joined to its softmax over the stored ones.
 #pragma once
 
-#include "vectors.h"
+#include "block.h"
 
 namespace kvsplice {
 namespace {
@@ -9,7 +9,7 @@ namespace {
 // Rows that attend together: those that stand together read much the same tokens of a tile.
 constexpr int kExactRows = 4;
 
-// `A` is the Attention that it is a part of, with rows' queries, states and places; `Block` is that of attend.h.
+// `A` is the Attention that it is a part of, with rows' queries, states and places.
 struct ExactWindow {
     float *keys, *values;  // of a tile in float32, [D, 64] and [64, D]
 
@@ -19,7 +19,7 @@ struct ExactWindow {
         place(at, values, kTile * a.dim);
     }
 
-    template <class A, class Block>
+    template <class A>
     void attend(A& a, const Block& b) const {
         int64_t begin = b.context, end = 0;
         for (int row = 0; row < b.rows; ++row) {
@@ -36,7 +36,6 @@ struct ExactWindow {
     }
 
     // A position's block; keys and values of its tokens follow each other.
-    template <class Block>
     static const uint8_t* find(const Window& window, const Block& b, int64_t position) {
         const int32_t block = window.table[b.sequence * window.table_stride + position / window.block];
         return window.data + block * window.block_stride + b.head * window.head_stride;
@@ -44,7 +43,7 @@ struct ExactWindow {
 
   private:
     // Only tokens that some row of the block reads.
-    template <class A, class Block>
+    template <class A>
     void load_tile(const A& a, const Block& b, int64_t base, int from, int until) const {
         const Window& window = a.step.window;
         const int dim = a.dim;
