@@ -98,6 +98,7 @@ def evaluate(
         "baseline_ppl": result.baseline_ppl,
         "ppl": result.ppl,
         "change_percent": result.change_percent,
+        "divergence": result.divergence,
         "bits_per_element": loaded.bits_per_element,
         "bytes_per_token": loaded.bytes_per_token,
         "baseline_bytes_per_token": loaded.baseline_bytes_per_token,
@@ -112,6 +113,7 @@ def evaluate(
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
     table = Table("", "uncompressed", "KVSplice", "change")
     table.add_row("perplexity", f"{result.baseline_ppl:.3f}", f"{result.ppl:.3f}", f"{result.change_percent:+.2f} %")
+    table.add_row("divergence, nats per token", "", f"{result.divergence:.4f}", "")
     before, after = loaded.baseline_bytes_per_token, loaded.bytes_per_token
     table.add_row("bytes per token", f"{before}", f"{after}", f"{before / after:.2f}x smaller")
     table.add_row("bits per element", "16", f"{loaded.bits_per_element:.2f}", "")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from calibration.attention import Reading, Tap, tapped
 from calibration.compare.methods import Method
-from calibration.evaluate import Evaluation, summed_loss
+from calibration.evaluate import summed_loss
 from vllm_kvsplice.artifact import BASELINE_BITS, ModelShape
 
 
@@ -62,17 +62,17 @@ def compare(
     for method in methods:
         with tapped(model, _tap(method, shape.num_layers), method.own_window or Reading(recent)):
             compressed = _nats_per_token(model, windows, progress)
-        result = Evaluation(math.exp(plain.mean()), math.exp(compressed.mean()), len(windows) * (context - 1))
+        grown = 100 * math.exp(compressed.mean() - plain.mean())
         spread = float((compressed - plain).std()) if len(windows) > 1 else math.nan
         yield Row(
             method=method.name,
             family=method.family,
             bits_per_element=total_bits(method, layers, shape, context, recent),
-            ppl=result.ppl,
-            change_percent=result.change_percent,
-            standard_error_percent=(100 + result.change_percent) * spread / math.sqrt(len(windows)),
-            baseline_ppl=result.baseline_ppl,
-            tokens=result.tokens,
+            ppl=math.exp(compressed.mean()),
+            change_percent=grown - 100,
+            standard_error_percent=grown * spread / math.sqrt(len(windows)),
+            baseline_ppl=math.exp(plain.mean()),
+            tokens=len(windows) * (context - 1),
             context=context,
             recent_window=recent,
         )

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from calibration.attention import tapped
+from calibration.evaluate import compare
 from calibration.fit.coder import FittedCodec
 from calibration.fit.trainable import TrainableCodec
 from calibration.statistics import save_tensors
@@ -95,7 +96,7 @@ def finetune(
     """
     codec = TrainableCodec(fitted.to(model.device), layers, rotary and rotary.to(model.device))
     optimizer = torch.optim.Adam(codec.parameters(), betas=_BETAS)
-    before = _divergence(model, codec, held_out)
+    before = compare(model, codec, held_out, lambda: None).divergence
     state = _State(_copy(codec), before)
     key = _key(fitted, windows, held_out, schedule) if checkpoint else ""
     if checkpoint:
@@ -111,7 +112,7 @@ def finetune(
         optimizer.step()
         progress()
         if step + 1 in schedule.checks:
-            _judge(state, _divergence(model, codec, held_out), codec, step + 1)
+            _judge(state, compare(model, codec, held_out, lambda: None).divergence, codec, step + 1)
             if checkpoint:
                 _keep(checkpoint, key, codec, optimizer, state)
             if state.in_vain == _PATIENCE:
@@ -146,18 +147,6 @@ def _loss(model: PreTrainedModel, codec: TrainableCodec, tokens: Tensor) -> Tens
     with tapped(model, codec):
         said = model(tokens[None], use_cache=False).logits[0].float()
     return cross_entropy(said, wanted)
-
-
-@torch.no_grad()
-def _divergence(model: PreTrainedModel, codec: TrainableCodec, windows: Tensor) -> float:
-    """Mean KL(uncompressed || compressed) in nats per token of `windows` [W, T]."""
-    total = 0.0
-    for window in windows.to(model.device):
-        wanted = model(window[None], use_cache=False).logits[0].float().log_softmax(-1)
-        with tapped(model, codec):
-            said = model(window[None], use_cache=False).logits[0].float().log_softmax(-1)
-        total += float((wanted.exp() * (wanted - said)).sum())
-    return total / windows.numel()
 
 
 def _judge(state: _State, kl: float, codec: TrainableCodec, step: int) -> None:

@@ -158,7 +158,24 @@ class TestEveryFamily:
         assert (result.tokens, len(calls)) == (told.numel(), 3)
         assert result.change_percent == pytest.approx(100 * (result.ppl - result.baseline_ppl) / result.baseline_ppl)
         # Without codecs nothing is compressed.
-        assert evaluate(model, {}, windows, "all", lambda: None).change_percent == pytest.approx(0, abs=1e-4)
+        dense = evaluate(model, {}, windows, "all", lambda: None)
+        assert (dense.change_percent, dense.divergence) == pytest.approx((0, 0), abs=1e-4)
+
+    def test_divergence_is_that_of_all_predictions_by_bits(self, calibrated):
+        model, tokenizer = load_model(str(calibrated.model), torch.float32)
+        windows = token_windows(tokenizer, TEXT[-4000:], 2, 40)
+        coded = codecs(calibrated.artifacts[2.0])
+        divergence = evaluate(model, coded, windows, "all", lambda: None).divergence
+        with torch.no_grad():
+            exact = model(windows, use_cache=False).logits[:, :-1].double().softmax(-1)
+            said = []
+            for window in windows:
+                with tapped(model, compressing_tap(coded, "all")):
+                    said.append(model(window[None], use_cache=False).logits[0, :-1].double().softmax(-1))
+        assert divergence == pytest.approx(float((exact * (exact / torch.stack(said)).log()).sum(-1).mean()), rel=1e-3)
+        assert (
+            divergence > 2 * evaluate(model, codecs(calibrated.artifacts[4.0]), windows, "all", lambda: None).divergence
+        )
 
     def test_window_of_the_whole_context_is_dense_and_none_is_the_pure_codec(self, calibrated):
         model, tokenizer = load_model(str(calibrated.model), torch.float32)
