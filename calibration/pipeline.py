@@ -37,7 +37,7 @@ def choose(measured: Study) -> Plan:
 def _cheapest(measured: Study, limit: float) -> Plan:
     """The smallest plan under which perplexity grows by at most `limit`, as measured by its divergence on held-out text.
 
-    On a few windows the growth itself is mostly noise; the divergence is not, and a little larger (docs/planning.md).
+    On a few windows the growth itself is mostly noise and the divergence is not; on many they are alike (docs/planning.md).
     """
 
     def plan(bits: float) -> Plan:
