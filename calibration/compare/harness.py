@@ -29,6 +29,7 @@ class Row:
 
     method: str
     family: str
+    ours: bool
     bits_per_element: float
     ppl: float
     change_percent: float
@@ -67,6 +68,7 @@ def compare(
         yield Row(
             method=method.name,
             family=method.family,
+            ours=method.ours,
             bits_per_element=total_bits(method, layers, shape, context, recent),
             ppl=math.exp(compressed.mean()),
             change_percent=grown - 100,
@@ -87,9 +89,8 @@ def total_bits(method: Method, layers: Sequence[int], shape: ModelShape, context
 
 
 def better_peer(row: Row, rows: Iterable[Row]) -> Row | None:
-    """The smallest peer whose perplexity is no higher than that of `row`, one of ours; variants of ours are no peers."""
-    ours = row.family.split(",")[0]
-    better = [peer for peer in rows if not peer.family.startswith(ours) and peer.ppl <= row.ppl]
+    """The smallest peer whose perplexity is no higher than that of `row`, one of ours."""
+    better = [peer for peer in rows if not peer.ours and peer.ppl <= row.ppl]
     return min(better, key=lambda peer: peer.bits_per_element, default=None)
 
 

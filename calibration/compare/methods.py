@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from statistics import mean
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from vllm_kvsplice.codec import LayerCodec
 class Method(ABC):
     """A way to store the cache of a model's full-attention layers; methods of one family are points of one curve."""
 
+    ours: ClassVar[bool] = False
     name: str
     family: str
 
@@ -137,6 +139,7 @@ class Rank(Method):
 class KVSplice(Method):
     """Ours: the codecs of an artifact, by layer."""
 
+    ours: ClassVar[bool] = True
     codecs: Mapping[int, LayerCodec]
 
     def dense_layers(self, num_layers: int) -> Set[int]:

@@ -99,9 +99,8 @@ def interactive(rows: Sequence[Row]) -> go.Figure:
 
 def _curves(rows: Sequence[Row]) -> list[tuple[str, list[Row], tuple[str, str, str]]]:
     """Family, its points by size, and its style."""
-    families = dict.fromkeys(row.family for row in rows)
-    peers = [family for family in families if not family.startswith(OURS)]
-    ours = sorted(family for family in families if family.startswith(OURS))
+    peers = dict.fromkeys(row.family for row in rows if not row.ours)
+    ours = sorted({row.family for row in rows if row.ours})
     styles = dict(zip(peers, cycle(STYLES), strict=False)) | dict(zip(ours, cycle(OUR_STYLES), strict=False))
     by_size = sorted(rows, key=lambda row: row.bits_per_element)
     return [(family, [row for row in by_size if row.family == family], style) for family, style in styles.items()]

@@ -127,11 +127,14 @@ def test_the_uncompressed_model_runs_once_for_all_methods(studied: Studied) -> N
 
 
 def row(family: str, bits: float, ppl: float) -> Row:
-    return Row(f"{family} {bits:g}", family, bits, ppl, 0.0, 0.0, 10.0, 100, 50, 0)
+    return Row(f"{family} {bits:g}", family, family.startswith("ours"), bits, ppl, 0.0, 0.0, 10.0, 100, 50, 0)
 
 
 def test_the_smallest_peer_that_is_as_good_is_found() -> None:
-    ours, peers = row("ours", 3, 12), [row("a", 2, 13), row("b", 5, 12), row("a", 4.5, 11.9), row("ours", 2, 11)]
+    ours, peers = (
+        row("ours", 3, 12),
+        [row("a", 2, 13), row("b", 5, 12), row("a", 4.5, 11.9), row("ours, trained", 2, 11)],
+    )
     assert better_peer(ours, peers) == peers[2]
     assert better_peer(row("ours", 3, 11), peers) is None
 

@@ -66,7 +66,6 @@ def compare(
 def _print(rows: "Sequence[Row]") -> None:
     """All methods by size, then where each of ours stands."""
     from calibration.compare.harness import better_peer
-    from calibration.compare.run import ARTIFACTS, OURS
 
     table = Table(Column("method", no_wrap=True), "bits", "perplexity", "change")
     for row in sorted(rows, key=lambda row: row.bits_per_element):
@@ -75,7 +74,7 @@ def _print(rows: "Sequence[Row]") -> None:
     console.print(table)
     console.print(f"uncompressed: {rows[0].baseline_ppl:.3f} on {rows[0].tokens} tokens")
     for row in rows:
-        if row.family in (OURS, ARTIFACTS):
+        if row.ours:
             peer = better_peer(row, rows)
             needs = f"{peer.bits_per_element:.2f} bits ({peer.method})" if peer else "more than any peer here has"
             console.print(f"{row.method}: a peer as good takes {needs}", soft_wrap=True)
