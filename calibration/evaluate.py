@@ -59,11 +59,11 @@ def evaluate(
         skip: first tokens of a window that are not judged, at least 1 and those of an exact prompt.
 
     """
-    return compare(model, compressing_tap(codecs, mode), windows, progress, reading, max(1, skip, reading.prompt))
+    return evaluate_tap(model, compressing_tap(codecs, mode), windows, progress, reading, max(1, skip, reading.prompt))
 
 
 @torch.no_grad()
-def compare(
+def evaluate_tap(
     model: PreTrainedModel,
     tap: Tap,
     windows: Tensor,
@@ -110,7 +110,9 @@ def _restore(codec: LayerCodec, key: Tensor, value: Tensor, mode: Mode) -> tuple
 
 def _log_probabilities(model: PreTrainedModel, window: Tensor, skip: int) -> Tensor:
     """What a model says of a window's tokens [T] after the first `skip`: float32 [T - skip, vocabulary]."""
-    return model(window[None], use_cache=False).logits[0, skip - 1 : -1].float().log_softmax(-1)
+    logits = model(window[None], use_cache=False).logits[0, skip - 1 : -1].float()
+    # Finite where a model rules a token out, so that those have no part in a divergence.
+    return logits.log_softmax(-1).clamp_min(-1e30)
 
 
 @torch.no_grad()

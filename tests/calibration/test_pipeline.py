@@ -177,6 +177,22 @@ class TestEveryFamily:
             divergence > 2 * evaluate(model, codecs(calibrated.artifacts[4.0]), windows, "all", lambda: None).divergence
         )
 
+    def test_tokens_that_a_model_rules_out_have_no_part_in_the_divergence(self, calibrated):
+        model, tokenizer = load_model(str(calibrated.model), torch.float32)
+        windows = token_windows(tokenizer, TEXT[-4000:], 2, 40)
+        coded = codecs(calibrated.artifacts[2.0])
+        forbidden = min(set(range(model.config.get_text_config().vocab_size)) - set(windows.flatten().tolist()))
+
+        def rule_out(_module, _inputs, output):
+            output.logits[..., forbidden] = -torch.inf
+
+        hook = model.register_forward_hook(rule_out)
+        result = evaluate(model, coded, windows, "all", lambda: None)
+        hook.remove()
+        assert result.divergence == pytest.approx(
+            evaluate(model, coded, windows, "all", lambda: None).divergence, rel=0.1
+        )
+
     def test_window_of_the_whole_context_is_dense_and_none_is_the_pure_codec(self, calibrated):
         model, tokenizer = load_model(str(calibrated.model), torch.float32)
         windows = token_windows(tokenizer, TEXT[-4000:], 2, 48)
