@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from calibration.evaluate import evaluate
+from calibration.evaluate import compressing_tap, evaluate
 from calibration.models import default_model, load_model
 from calibration.plan import Plan
 from calibration.planners import make_plan
@@ -59,9 +59,8 @@ def main() -> None:
     rows = []
     for name, plan in plans(measured):
         artifact = measured.artifact(plan)
-        codecs = {index: artifact.layer(index) for index in artifact.compressed_layers}
         with steps(f"{name}, {plan.bytes_per_token} bytes", len(windows)) as progress:
-            change = evaluate(judged, codecs, windows, "all", progress).change_percent
+            change = evaluate(judged, compressing_tap(artifact.codecs, "all"), windows, progress).change_percent
         expected = 100 * plan.expected_increase
         row = {"planner": name, "bytes_per_token": artifact.bytes_per_token, "predicted_percent": expected}
         rows.append(row | {"change_percent": change})

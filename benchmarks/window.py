@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.server import STOCK_BLOCK
 from calibration.attention import Reading
-from calibration.evaluate import evaluate
+from calibration.evaluate import compressing_tap, evaluate
 from calibration.models import default_model, load_model
 from calibration.progress import steps
 from calibration.text import read_text, token_windows
@@ -60,18 +60,18 @@ def quality_rows(artifacts: list[Artifact], text: str, count: int) -> list[dict[
     rows: list[dict[str, float | str]] = []
     for artifact in artifacts:
         artifact.check_model(model.config)
-        codecs = {index: artifact.layer(index) for index in artifact.compressed_layers}
+        tap = compressing_tap(artifact.codecs, "all")
         changes = []
         for window in WINDOWS:
             with steps(f"{artifact.bits_per_element:.2f} bits, window {window}", count) as progress:
-                result = evaluate(model, codecs, tokens, "all", progress, Reading(window))
+                result = evaluate(model, tap, tokens, progress, Reading(window))
             changes.append(result.change_percent)
             rows.append({"bits": artifact.bits_per_element, "window": window, "change_percent": changes[-1]})
         bits = f"{artifact.bits_per_element:.2f}"
         table.add_row(bits, *(f"{change:+.2f}" for change in changes))
         for prefill, prompt in (("stored", 0), ("exact", CONTEXT // 2)):
             with steps(f"{bits} bits, prefill {prefill}", count) as progress:
-                result = evaluate(model, codecs, tokens, "all", progress, Reading(DEFAULT_WINDOW, prompt), CONTEXT // 2)
+                result = evaluate(model, tap, tokens, progress, Reading(DEFAULT_WINDOW, prompt), CONTEXT // 2)
             rows.append(
                 {"bits": artifact.bits_per_element, "prefill": prefill, "change_percent": result.change_percent}
             )

@@ -38,40 +38,27 @@ class Evaluation:
         return (self.ppl / self.baseline_ppl - 1) * 100
 
 
-def evaluate(
-    model: PreTrainedModel,
-    codecs: Mapping[int, LayerCodec],
-    windows: Tensor,
-    mode: Mode,
-    progress: Callable[[], None],
-    reading: Reading = AS_STORED,
-    skip: int = 0,
-) -> Evaluation:
-    """Judge `codecs` on windows of text; where a prompt is read exactly, on what follows it.
-
-    Args:
-        model: loaded with `calibration.models.load_model`.
-        codecs: by layer index; other layers stay dense.
-        windows: token ids [W, T].
-        mode: how position 0 is read.
-        progress: called once per window.
-        reading: which tokens are read exactly.
-        skip: first tokens of a window that are not judged, at least 1 and those of an exact prompt.
-
-    """
-    return evaluate_tap(model, compressing_tap(codecs, mode), windows, progress, reading, max(1, skip, reading.prompt))
-
-
 @torch.no_grad()
-def evaluate_tap(
+def evaluate(
     model: PreTrainedModel,
     tap: Tap,
     windows: Tensor,
-    progress: Callable[[], None],
+    progress: Callable[[], None] = lambda: None,
     reading: Reading = AS_STORED,
     skip: int = 1,
 ) -> Evaluation:
-    """Predictions under any `tap` beside those without, of windows' tokens from `skip` on; `evaluate` has the rest."""
+    """Judge what `tap` does on windows of text; where a prompt is read exactly, on what follows it.
+
+    Args:
+        model: loaded with `calibration.models.load_model`.
+        tap: what attention reads, as of `compressing_tap`.
+        windows: token ids [W, T].
+        progress: called once per window.
+        reading: which tokens are read exactly.
+        skip: first tokens of a window that are not judged, at least 1; those of an exact prompt are not either.
+
+    """
+    skip = max(skip, reading.prompt)
     plain = squeezed = divergence = 0.0
     for window in windows.to(model.device):
         wanted = _log_probabilities(model, window, skip)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from calibration.attention import AS_STORED, Reading
-from calibration.evaluate import Evaluation, Mode, evaluate
+from calibration.evaluate import Evaluation, Mode, compressing_tap, evaluate
 from calibration.fit import FittedCodec
 from calibration.fit.errors import error_table, head_errors
 from calibration.fit.finetune import Schedule, finetune
@@ -40,12 +40,14 @@ def _cheapest(measured: Study, limit: float) -> Plan:
     On a few windows the growth itself is mostly noise and the divergence is not; on many they are alike (docs/planning.md).
     """
 
+    in_memory = load_model(measured.source, torch.float32)
+
     def plan(bits: float) -> Plan:
         return make_plan(measured.evidence, measured.config, measured.budget_for(bits))
 
     def increase(bits: float) -> float:
         tried = measured.artifact(plan(bits))
-        evaluation = judge(measured.source, tried, measured.held_out.search, "all", f"Trying {bits:.3f} bits")
+        evaluation = judge(in_memory, tried, measured.held_out.search, "all", f"Trying {bits:.3f} bits")
         grown = math.expm1(evaluation.divergence)
         console.print(
             f"Perplexity: {100 * grown:+.2f} % by divergence, {evaluation.change_percent:+.2f} % on this text"
@@ -168,4 +170,4 @@ def judge(
     artifact.check_model(model.config)
     codecs = {index: codec.to(model.device) for index, codec in artifact.codecs.items()}
     with steps(description, len(windows)) as progress:
-        return evaluate(model, codecs, windows, mode, progress, reading)
+        return evaluate(model, compressing_tap(codecs, mode), windows, progress, reading)

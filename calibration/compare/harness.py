@@ -63,16 +63,17 @@ def compare(
     for method in methods:
         with tapped(model, _tap(method, shape.num_layers), method.own_window or Reading(recent)):
             compressed = _nats_per_token(model, windows, progress)
-        grown = 100 * math.exp(compressed.mean() - plain.mean())
-        spread = float((compressed - plain).std()) if len(windows) > 1 else math.nan
+        growth = compressed - plain
+        ratio = math.exp(growth.mean())
+        spread = float(growth.std()) if len(windows) > 1 else math.nan
         yield Row(
             method=method.name,
             family=method.family,
             ours=method.ours,
             bits_per_element=total_bits(method, layers, shape, context, recent),
             ppl=math.exp(compressed.mean()),
-            change_percent=grown - 100,
-            standard_error_percent=grown * spread / math.sqrt(len(windows)),
+            change_percent=100 * (ratio - 1),
+            standard_error_percent=100 * ratio * spread / math.sqrt(len(windows)),
             baseline_ppl=math.exp(plain.mean()),
             tokens=len(windows) * (context - 1),
             context=context,

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from calibration.attention import tapped
-from calibration.evaluate import evaluate_tap
+from calibration.evaluate import evaluate
 from calibration.fit.coder import FittedCodec
 from calibration.fit.trainable import TrainableCodec
 from calibration.statistics import save_tensors
@@ -96,7 +96,7 @@ def finetune(
     """
     codec = TrainableCodec(fitted.to(model.device), layers, rotary and rotary.to(model.device))
     optimizer = torch.optim.Adam(codec.parameters(), betas=_BETAS)
-    before = evaluate_tap(model, codec, held_out, lambda: None).divergence
+    before = evaluate(model, codec, held_out).divergence
     state = _State(_copy(codec), before)
     key = _key(fitted, windows, held_out, schedule) if checkpoint else ""
     if checkpoint:
@@ -112,7 +112,7 @@ def finetune(
         optimizer.step()
         progress()
         if step + 1 in schedule.checks:
-            _judge(state, evaluate_tap(model, codec, held_out, lambda: None).divergence, codec, step + 1)
+            _judge(state, evaluate(model, codec, held_out).divergence, codec, step + 1)
             if checkpoint:
                 _keep(checkpoint, key, codec, optimizer, state)
             if state.in_vain == _PATIENCE:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.attention import tapped
-from calibration.evaluate import compressing_tap
+from calibration.evaluate import compressing_tap, evaluate
 from calibration.fit import FITS, FittedCodec
 from calibration.fit import finetune as training
 from calibration.fit.coder import KindCoder
@@ -83,7 +82,7 @@ def same(one: FittedCodec, other: FittedCodec) -> bool:
 class TestTrainable:
     def test_reads_what_the_codec_of_the_artifact_reads(self, measured, start):
         artifact = measured.artifact_of(start)
-        reading = compressing_tap({i: artifact.layer(i) for i in artifact.compressed_layers}, "all")
+        reading = compressing_tap(artifact.codecs, "all")
         trainable = TrainableCodec(start, measured.layers, measured.rotary)
         generator = torch.Generator().manual_seed(0)
         for layer in measured.layers:
@@ -217,17 +216,10 @@ def interrupt_after(count: int) -> Callable[[], None]:
     return progress
 
 
-@torch.no_grad()
 def divergence(measured: Study, codec: FittedCodec) -> float:
-    """KL on text that training did not see, through the artifact."""
-    artifact = measured.artifact_of(codec)
-    tap = compressing_tap({i: artifact.layer(i) for i in artifact.compressed_layers}, "all")
-    exact = measured.model(measured.held_out.quality, use_cache=False).logits.float().log_softmax(-1)
-    said = []
-    for window in measured.held_out.quality:
-        with tapped(measured.model, tap):
-            said.append(measured.model(window[None], use_cache=False).logits[0].float().log_softmax(-1))
-    return float((exact.exp() * (exact - torch.stack(said))).sum(-1).mean())
+    """On text that training did not see, through the artifact."""
+    tap = compressing_tap(measured.artifact_of(codec).codecs, "all")
+    return evaluate(measured.model, tap, measured.held_out.quality).divergence
 
 
 class TestErrors:

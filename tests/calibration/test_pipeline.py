@@ -61,10 +61,6 @@ def llama(tmp_path) -> Path:
     return tiny_model("llama", tmp_path / "model")
 
 
-def codecs(artifact: Artifact) -> dict:
-    return {index: artifact.layer(index) for index in artifact.compressed_layers}
-
-
 @torch.no_grad()
 def logits(model_directory: Path, tap=None) -> Tensor:
     """Logits of text that calibration never saw, float32 [4, 96, V]."""
@@ -90,7 +86,7 @@ class TestEveryFamily:
         exact = logits(calibrated.model)
         errors = [float((logits(calibrated.model, deaf) - exact).norm())]
         for bits in reversed(BITS):
-            tap = compressing_tap(codecs(calibrated.artifacts[bits]), "serving")
+            tap = compressing_tap(calibrated.artifacts[bits].codecs, "serving")
             errors.append(float((logits(calibrated.model, tap) - exact).norm()))
         # Nothing remembered, then 2, 4 and 8 bits. A Gaussian loses 6 dB with every bit, an outlier less.
         assert errors == sorted(errors, reverse=True)
@@ -129,7 +125,7 @@ class TestEveryFamily:
         model, tokenizer = load_model(str(calibrated.model), torch.float32)
         window = token_windows(tokenizer, TEXT[-4000:], 1, 48)
         seen: dict[str, dict[int, tuple[Tensor, Tensor]]] = {"exact": {}, "all": {}, "serving": {}}
-        taps = {mode: compressing_tap(codecs(calibrated.artifacts[4.0]), mode) for mode in ("all", "serving")}
+        taps = {mode: compressing_tap(calibrated.artifacts[4.0].codecs, mode) for mode in ("all", "serving")}
 
         def watch(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             seen["exact"][layer] = (key, value)
@@ -150,7 +146,9 @@ class TestEveryFamily:
         model, tokenizer = load_model(str(calibrated.model), torch.float32)
         windows = token_windows(tokenizer, TEXT[-4000:], 3, 40)
         calls = []
-        result = evaluate(model, codecs(calibrated.artifacts[4.0]), windows, "all", lambda: calls.append(1))
+        result = evaluate(
+            model, compressing_tap(calibrated.artifacts[4.0].codecs, "all"), windows, lambda: calls.append(1)
+        )
         with torch.no_grad():
             probabilities = model(windows, use_cache=False).logits[:, :-1].log_softmax(-1)
         told = probabilities.gather(-1, windows[:, 1:, None])
@@ -158,49 +156,48 @@ class TestEveryFamily:
         assert (result.tokens, len(calls)) == (told.numel(), 3)
         assert result.change_percent == pytest.approx(100 * (result.ppl - result.baseline_ppl) / result.baseline_ppl)
         # Without codecs nothing is compressed.
-        dense = evaluate(model, {}, windows, "all", lambda: None)
+        dense = evaluate(model, compressing_tap({}, "all"), windows)
         assert (dense.change_percent, dense.divergence) == pytest.approx((0, 0), abs=1e-4)
 
     def test_divergence_is_that_of_all_predictions_by_bits(self, calibrated):
         model, tokenizer = load_model(str(calibrated.model), torch.float32)
         windows = token_windows(tokenizer, TEXT[-4000:], 2, 40)
-        coded = codecs(calibrated.artifacts[2.0])
-        divergence = evaluate(model, coded, windows, "all", lambda: None).divergence
+        tap = compressing_tap(calibrated.artifacts[2.0].codecs, "all")
+        divergence = evaluate(model, tap, windows).divergence
         with torch.no_grad():
             exact = model(windows, use_cache=False).logits[:, :-1].double().softmax(-1)
             said = []
             for window in windows:
-                with tapped(model, compressing_tap(coded, "all")):
+                with tapped(model, tap):
                     said.append(model(window[None], use_cache=False).logits[0, :-1].double().softmax(-1))
         assert divergence == pytest.approx(float((exact * (exact / torch.stack(said)).log()).sum(-1).mean()), rel=1e-3)
         assert (
-            divergence > 2 * evaluate(model, codecs(calibrated.artifacts[4.0]), windows, "all", lambda: None).divergence
+            divergence
+            > 2 * evaluate(model, compressing_tap(calibrated.artifacts[4.0].codecs, "all"), windows).divergence
         )
 
     def test_tokens_that_a_model_rules_out_have_no_part_in_the_divergence(self, calibrated):
         model, tokenizer = load_model(str(calibrated.model), torch.float32)
         windows = token_windows(tokenizer, TEXT[-4000:], 2, 40)
-        coded = codecs(calibrated.artifacts[2.0])
+        tap = compressing_tap(calibrated.artifacts[2.0].codecs, "all")
         forbidden = min(set(range(model.config.get_text_config().vocab_size)) - set(windows.flatten().tolist()))
 
         def rule_out(_module, _inputs, output):
             output.logits[..., forbidden] = -torch.inf
 
         hook = model.register_forward_hook(rule_out)
-        result = evaluate(model, coded, windows, "all", lambda: None)
+        result = evaluate(model, tap, windows)
         hook.remove()
-        assert result.divergence == pytest.approx(
-            evaluate(model, coded, windows, "all", lambda: None).divergence, rel=0.1
-        )
+        assert result.divergence == pytest.approx(evaluate(model, tap, windows).divergence, rel=0.1)
 
     def test_window_of_the_whole_context_is_dense_and_none_is_the_pure_codec(self, calibrated):
         model, tokenizer = load_model(str(calibrated.model), torch.float32)
         windows = token_windows(tokenizer, TEXT[-4000:], 2, 48)
 
         def change(reading: Reading) -> float:
-            return abs(evaluate(model, coded, windows, "serving", lambda: None, reading).change_percent)
+            return abs(evaluate(model, tap, windows, reading=reading).change_percent)
 
-        coded = codecs(calibrated.artifacts[2.0])
+        tap = compressing_tap(calibrated.artifacts[2.0].codecs, "serving")
         pure, narrow, whole = (change(Reading(recent)) for recent in (0, 40, 48))
         assert pure == change(AS_STORED)
         assert whole == pytest.approx(0, abs=1e-4)
@@ -209,15 +206,15 @@ class TestEveryFamily:
     def test_exact_prompt_is_judged_on_what_follows_it(self, calibrated):
         model, tokenizer = load_model(str(calibrated.model), torch.float32)
         windows = token_windows(tokenizer, TEXT[-4000:], 2, 48)
-        coded = codecs(calibrated.artifacts[2.0])
-        result = evaluate(model, coded, windows, "serving", lambda: None, Reading(prompt=47))
+        tap = compressing_tap(calibrated.artifacts[2.0].codecs, "serving")
+        result = evaluate(model, tap, windows, reading=Reading(prompt=47))
         assert result.tokens == 2
         with torch.no_grad():
             told = model(windows, use_cache=False).logits[:, 46].log_softmax(-1).gather(1, windows[:, 47:])
         assert result.baseline_ppl == pytest.approx(float(torch.exp(-told.mean())), rel=1e-4)
         # The prompt's last query predicts this token, and it reads everything exactly.
         assert result.change_percent == pytest.approx(0, abs=1e-4)
-        assert abs(evaluate(model, coded, windows, "serving", lambda: None, Reading(prompt=40)).change_percent) > 1e-4
+        assert abs(evaluate(model, tap, windows, reading=Reading(prompt=40)).change_percent) > 1e-4
 
 
 class TestMeasurements:

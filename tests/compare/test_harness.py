@@ -11,7 +11,7 @@ from calibration.attention import Reading, tapped
 from calibration.compare.harness import Row, better_peer, compare
 from calibration.compare.methods import KVSplice, Method
 from calibration.compare.peers import PEERS
-from calibration.evaluate import evaluate, summed_loss
+from calibration.evaluate import compressing_tap, evaluate, summed_loss
 from calibration.models import load_model
 from calibration.pipeline import calibrate
 from calibration.recipe import CalibrationConfig
@@ -66,7 +66,8 @@ def nothing(kind: type[Nothing] = Nothing) -> Nothing:
 @pytest.mark.parametrize("recent", [0, 8])
 def test_our_rows_are_those_of_eval(studied: Studied, recent: int) -> None:
     (row,) = studied.rows(KVSplice("", "", studied.codecs), recent=recent)
-    expected = evaluate(studied.model, studied.codecs, studied.windows, "all", lambda: None, Reading(recent))
+    tap = compressing_tap(studied.codecs, "all")
+    expected = evaluate(studied.model, tap, studied.windows, reading=Reading(recent))
     assert (row.ppl, row.baseline_ppl) == pytest.approx((expected.ppl, expected.baseline_ppl), rel=1e-6)
     assert (row.tokens, row.context, row.recent_window) == (2 * 47, 48, recent)
     assert row.bits_per_element == 3 + 16 * recent / 48

@@ -6,10 +6,8 @@ the divergence of its predictions from those with a dense cache; `pytest -s` pri
 
 import pytest
 import torch
-from torch import Tensor
 
-from calibration.attention import tapped
-from calibration.evaluate import compressing_tap
+from calibration.evaluate import compressing_tap, evaluate
 from calibration.models import load_model
 from calibration.plan import Plan
 from calibration.planners import make_plan
@@ -42,17 +40,8 @@ def damage(measured):
     model, _ = load_model(measured.source, torch.float32)
     windows = token_windows(tiny_tokenizer(), TEXT[-20000:], 2, 128)
 
-    @torch.no_grad()
-    def predictions() -> Tensor:
-        return torch.cat([model(window[None], use_cache=False).logits[0] for window in windows]).log_softmax(-1)
-
-    dense = predictions()
-
     def of(plan: Plan) -> float:
-        artifact = measured.artifact(plan)
-        with tapped(model, compressing_tap({i: artifact.layer(i) for i in artifact.compressed_layers}, "all")):
-            compressed = predictions()
-        return float(torch.nn.functional.kl_div(compressed, dense, reduction="batchmean", log_target=True))
+        return evaluate(model, compressing_tap(measured.artifact(plan).codecs, "all"), windows).divergence
 
     return of
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration.evaluate import evaluate
+from calibration.evaluate import compressing_tap, evaluate
 from calibration.models import load_model
 from calibration.planners import make_plan
 from calibration.recipe import CalibrationConfig
@@ -23,8 +23,9 @@ def test_the_same_bytes_cost_less_where_fisher_information_plans(smollm: Path) -
         plan = make_plan(measured.evidence, CalibrationConfig(bits=3, planner=planner), measured.budget_for(3))
         assert plan.bytes_per_token == 4320
         artifact = measured.artifact(plan)
-        codecs = {index: artifact.layer(index) for index in artifact.compressed_layers}
-        costs[planner] = evaluate(model, codecs, measured.held_out.quality, "all", lambda: None).change_percent
+        costs[planner] = evaluate(
+            model, compressing_tap(artifact.codecs, "all"), measured.held_out.quality
+        ).change_percent
         expected[planner] = 100 * plan.expected_increase
     print(f"measured {costs}, expected {expected}")
     assert 1.5 * costs["budget"] < costs["uniform"]
