@@ -48,6 +48,8 @@ class Case:
     rotary: str = "half"
     sinks: str = "mixed"
     seed: int = 0
+    # Whether levels are evenly spaced.
+    uniform: bool = False
     # Of the exact window: its tokens, the tokens a block of it holds, and whether a step reads all its own exactly.
     window: int = 0
     window_block: int = 8
@@ -55,7 +57,7 @@ class Case:
 
     def __str__(self) -> str:
         queries, stored = (span(numbers) for numbers in zip(*self.sequences, strict=True))
-        shape = f"T{queries}-S{stored}-H{self.heads}-G{self.group}-D{self.dim}-N{self.block}-w{span(self.widths)}"
+        shape = f"T{queries}-S{stored}-H{self.heads}-G{self.group}-D{self.dim}-N{self.block}-w{span(self.widths)}{'u' * self.uniform}"
         window = f"-W{self.window}x{self.window_block}{'-chunk' if self.whole_chunk else ''}" if self.window else ""
         return f"{shape}-{self.rotary}-{self.sinks}{window}" + (f"-seed{self.seed}" if self.seed else "")
 
@@ -64,7 +66,7 @@ class Case:
         return f"H{self.heads}-D{self.dim}-w{span(self.widths)}-{self.rotary}-{self.sinks}"
 
     def codec(self) -> LayerCodec:
-        return make_codec(self.heads, self.dim, self.widths, self.rotary, self.sinks, self.seed)
+        return make_codec(self.heads, self.dim, self.widths, self.rotary, self.sinks, self.seed, self.uniform)
 
 
 # Decode, fresh prompt, continuation, a full block and a single token, as one vLLM step mixes them.

@@ -37,29 +37,33 @@ def make_codec(
     rotary: str = "half",
     sinks: str = "mixed",
     seed: int = 0,
+    uniform: bool = False,
 ) -> LayerCodec:
-    """A random codec: orthogonal transforms, Gaussian quantiles as codebooks, each of `widths` as often as the others."""
+    """A random codec: orthogonal transforms, Gaussian quantiles as codebooks, each of `widths` as often as the others.
+
+    `uniform`: levels at even distances.
+    """
     random = torch.Generator().manual_seed(seed)
     groups = 2 * heads * dim // GROUP
     drawn = torch.tensor(widths).repeat(-(-groups // len(widths)))[:groups]
     plan = drawn[torch.randperm(groups, generator=random)].view(2, heads, dim // GROUP)
     coded = torch.tensor(SINKS[sinks]).repeat(heads)[:heads]
     kinds = [
-        _make_kind(plan[0], coded, random),
-        _make_kind(plan[1], ~coded if sinks == "mixed" else coded, random),
+        _make_kind(plan[0], coded, random, uniform),
+        _make_kind(plan[1], ~coded if sinks == "mixed" else coded, random, uniform),
     ]
     layout = LayerLayout(*(tuple(map(tuple, half.tolist())) for half in plan))
     return LayerCodec(*kinds, layout, make_rotary(rotary, dim))
 
 
-def _make_kind(widths: Tensor, coded: Tensor, random: torch.Generator) -> KindCodec:
+def _make_kind(widths: Tensor, coded: Tensor, random: torch.Generator, even: bool) -> KindCodec:
     heads, dim = widths.shape[0], widths.shape[1] * GROUP
 
     def uniform(*shape: int, low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=random)
 
     basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=random)).Q
-    levels, unit = codebooks(widths, uniform(*widths.shape, low=0.8, high=1.2))
+    levels, unit = (even_levels if even else codebooks)(widths, uniform(*widths.shape, low=0.8, high=1.2))
     deviation = uniform(heads, dim, low=0.7, high=1.4) * unit.repeat_interleave(GROUP, 1)
     used = (widths > 0).repeat_interleave(GROUP, 1)
     return KindCodec(
@@ -83,3 +87,11 @@ def codebooks(widths: Tensor, stretch: Tensor) -> tuple[Tensor, Tensor]:
     whole = (quantiles / unit[..., None]).round()
     assert (whole.diff(dim=-1) > 0)[(widths[..., None] <= 6) & (torch.arange(1, LEVELS) < sizes)].all()
     return torch.where(widths[..., None] > 6, counted, whole).float(), unit
+
+
+def even_levels(widths: Tensor, stretch: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels two apart around 0, where there are eight bits one apart, and the unit; shapes as in `codebooks`."""
+    sizes = (1 << widths)[..., None]
+    code = torch.arange(LEVELS).minimum(sizes - 1)
+    levels = torch.where(widths[..., None] < 8, 2 * code + 1 - sizes, code - LEVELS // 2)
+    return levels.float() * (sizes > 1), stretch * (2.2 + widths / 4) / (1 << widths)

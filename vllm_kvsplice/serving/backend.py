@@ -194,7 +194,8 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
                 f"the artifact has no codec for layer {index}; make it anew with: kvsplice calibrate MODEL --out DIR"
             )
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        device = next(iter(layer.parameters()), torch.empty(0)).device
+        # The worker has made its GPU the current one; an attention layer has no parameters that would name it.
+        device = torch.empty(0, device=self._vllm_config.device_config.device_type).device
         self._codec = self._artifact.layer_shard(index, rank, ranks).to(device)
         assert (self._codec.num_kv_heads, self._codec.head_dim) == (self.num_kv_heads, self.head_size)
         layer.attn_backend = _backend_of(self._codec.layout.token_bytes)

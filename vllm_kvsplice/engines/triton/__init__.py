@@ -16,8 +16,9 @@ from vllm_kvsplice.engines.contract import Batch, Window
 from vllm_kvsplice.engines.triton.tables import Exact, Partial, Sequences, Tables, tables_of
 from vllm_kvsplice.errors import KVSpliceError
 
-# Contexts are split until each multiprocessor has so many programs; more splits would make the merge slow.
-PROGRAMS, MOST_SPLITS = 4, 32
+MOST_SPLITS = 64
+# What a split costs, its beginning and its merging, as a share of all that one program would do.
+SPLIT_COST = 0.02
 # Of the kernels that are plain matrix products: rows (tokens, when encoding), columns, and columns of a step of the sum.
 PRODUCT_ROWS, COLUMNS, STEP = 16, 64, 32
 # Float32 numbers that a large step takes for each number of its queries: absorbed, one split, the window's part, output.
@@ -25,18 +26,28 @@ WORKSPACE = 4
 
 
 class Tiling(NamedTuple):
-    """Of attention over heads of up to `dim` dimensions: the most tokens of a tile, and its warps.
+    """Of attention over heads of up to `dim` dimensions.
 
-    The largest that spill no registers on sm_80 and sm_90 (benchmarks.gpu_variants), and so are the rows of a tile.
+    Attributes:
+        tokens: the most of a tile.
+        rows: the most of a tile. Both are the largest that spill no registers on sm_80 and sm_90 (benchmarks.gpu_variants).
+        warps: of a program.
+        stages: tiles under way from memory, and the one that is worked on.
+        resident: programs that a multiprocessor holds at once.
+
     """
 
     dim: int
     tokens: int
+    rows: int
     warps: int
+    stages: int
+    resident: int
 
 
-TILINGS = (Tiling(64, 64, 4), Tiling(128, 64, 8), Tiling(256, 16, 8))
-FEWEST_ROWS, MOST_ROWS = 8, 16
+TILINGS = (Tiling(64, 64, 16, 4, 3, 3), Tiling(128, 64, 16, 8, 3, 1), Tiling(256, 16, 16, 8, 3, 1))
+# Where levels are evenly spaced.
+UNIFORM_TILINGS = (Tiling(64, 64, 16, 4, 3, 4), Tiling(128, 64, 16, 4, 3, 3), Tiling(256, 64, 8, 8, 2, 1))
 
 
 class TritonEngine:
@@ -96,7 +107,7 @@ def _absorb(codec: LayerCodec, query: Tensor) -> Tensor:
     absorbed = query.new_empty(query.shape, dtype=torch.float32)
     rows = len(query) * shape["GROUP"]
     synthesis = _prepared(codec).synthesis
-    _attention().absorb_kernel[grid](query, synthesis, absorbed, rows, *query.stride()[:2], **shape)
+    _attention().absorb_kernel[grid](query, synthesis, absorbed, rows, *query.stride()[:2], **shape, num_warps=8)
     return absorbed
 
 
@@ -107,18 +118,25 @@ def _read(
     assert pages.stride()[1:] == (pages.shape[2], 1)
     assert pages.shape[2] % 16 == 0
     words, tables, kv_heads = pages.view(torch.int32), _prepared(codec), codec.num_kv_heads
-    (tokens, heads, dim), number, tiling = query.shape, len(batch.seq_lens), _tiling(codec.head_dim)
+    (tokens, heads, dim), number = query.shape, len(batch.seq_lens)
+    # Products of whole numbers take 32 at a time, and two columns for each row.
+    uniform = tables.step is not None and pages.shape[2] % 32 == 0 and _padded(dim) >= 32
+    tiling = _tiling(codec.head_dim, UNIFORM_TILINGS if uniform else TILINGS)
     rows = tokens * heads // kv_heads
-    tile_rows = min(max(_power(_tiles(rows, number)), FEWEST_ROWS), MOST_ROWS)
+    # Three planes take more registers.
+    most = tiling.rows // 2 if len(tables.fields) > 2 else tiling.rows
+    tile_rows = min(max(_power(_tiles(rows, number)), 4 if uniform else 8), most)
     tiles = rows // tile_rows + number
-    splits = _splits(tiles * kv_heads, query.device)
+    # Of `tiles`, those that hold rows where all sequences have as many.
+    used = number * _tiles(_tiles(rows, number), tile_rows)
+    splits = _splits(used * kv_heads, tiling.resident * _multiprocessors(query.device))
     partial = _partial(query, splits + bool(window))
     _attention().attend_kernel[tiles, kv_heads, splits + bool(window)](
         query, absorbed, words, _sequences(batch), tables, _exact(window), partial, tokens, number, splits, scale,
         *query.stride()[:2], words.stride(0), GROUP=heads // kv_heads, HEAD_DIM=dim, D=_padded(dim),
         PAIRS=_padded(dim // 2), ROWS=tile_rows, TILE=math.gcd(pages.shape[2], tiling.tokens), PAGE=pages.shape[2],
         PLANES=len(tables.fields), EXACT_PAGE=window.pages.shape[2] if window else 0,
-        WHOLE_CHUNK=bool(window and window.whole_chunk), num_warps=tiling.warps,
+        WHOLE_CHUNK=bool(window and window.whole_chunk), UNIFORM=uniform, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return partial
 
@@ -128,7 +146,7 @@ def _finish(codec: LayerCodec, partial: Partial, batch: Batch, exact: bool, outp
     grid, shape = _product(codec, output)
     rows, number, splits = len(output) * shape["GROUP"], len(batch.seq_lens), len(partial.sums) - exact
     arguments = partial, _prepared(codec), batch.query_start, output, rows, number, splits, output.stride(0)
-    _attention().finish_kernel[grid](*arguments, **shape, EXACT=exact, num_warps=8)
+    _attention().finish_kernel[grid](*arguments, **shape, EXACT=exact, SPLITS=_power(splits), num_warps=8)
 
 
 def _product(codec: LayerCodec, query: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
@@ -136,7 +154,7 @@ def _product(codec: LayerCodec, query: Tensor) -> tuple[tuple[int, int, int], di
     tokens, heads, dim = query.shape
     group = heads // codec.num_kv_heads
     grid = _tiles(tokens * group, PRODUCT_ROWS), codec.num_kv_heads, _tiles(dim, COLUMNS)
-    constants = {"GROUP": group, "HEAD_DIM": dim, "ROWS": PRODUCT_ROWS, "STEP": min(STEP, _padded(dim))}
+    constants = {"GROUP": group, "HEAD_DIM": dim, "ROWS": PRODUCT_ROWS, "STEP": min(2 * STEP, _padded(dim))}
     return grid, constants | {"COLUMNS": COLUMNS}
 
 
@@ -173,8 +191,8 @@ def _partial(query: Tensor, splits: int) -> Partial:
     return Partial(new(splits, *query.shape), new(splits, *query.shape[:2]), new(*query.shape[:2]))
 
 
-def _tiling(dim: int) -> Tiling:
-    fitting = [tiling for tiling in TILINGS if dim <= tiling.dim]
+def _tiling(dim: int, tilings: tuple[Tiling, ...]) -> Tiling:
+    fitting = [tiling for tiling in tilings if dim <= tiling.dim]
     if not fitting:
         raise KVSpliceError(
             f"the triton engine takes heads of up to {TILINGS[-1].dim} dimensions, not {dim}; use reference"
@@ -182,8 +200,14 @@ def _tiling(dim: int) -> Tiling:
     return fitting[0]
 
 
-def _splits(programs: int, device: torch.device) -> int:
-    return max(1, min(_tiles(PROGRAMS * _multiprocessors(device), programs), MOST_SPLITS))
+@lru_cache
+def _splits(programs: int, places: int) -> int:
+    """Into how many parts to cut the work of so many programs, of which so many run at once: what is done soonest."""
+
+    def time(splits: int) -> float:
+        return _tiles(programs * splits, places) / splits * (1 + SPLIT_COST * splits)
+
+    return min(range(1, MOST_SPLITS + 1), key=time)
 
 
 @lru_cache

@@ -11,7 +11,19 @@ of two, not of e.
 import triton
 import triton.language as tl
 
-from vllm_kvsplice.engines.triton.codes import look_up, unpack
+from vllm_kvsplice.engines.triton.codes import in_order, look_up, shuffled, unpack
+from vllm_kvsplice.engines.triton.uniform import (
+    LARGEST,
+    LOG2_LARGEST,
+    ORIGIN,
+    ORIGIN_BITS,
+    fine_halves,
+    halves,
+    key_bytes,
+    stacked,
+    value_bytes,
+    whole,
+)
 
 # Probabilities are rounded to float16 times 2**14: below 2**-14 that type has fewer bits.
 HEADROOM = tl.constexpr(14.0)
@@ -187,6 +199,102 @@ def attend_stored(
 
 
 @triton.jit
+def attend_uniform(
+    query, absorbed, pages, block_table, tables, partial, rows, place, real, until, head, split, splits, scale, page_stride,
+    HEADS_DIM, HEAD_DIM: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    PAGE: tl.constexpr, PLANES: tl.constexpr,
+):  # fmt: skip
+    """`attend_stored` where levels are evenly spaced."""
+    latent = tl.arange(0, D)
+    used = latent < HEAD_DIM
+    mask = used[:, None] & real[None, :]
+    key_latent = head * HEAD_DIM + tl.where(used, latent, 0)
+    value_latent = HEADS_DIM + key_latent
+    even, odd = mean_terms(query, rows, real, head, tables, HEADS_DIM, HEAD_DIM, PAIRS)
+    z_query = tl.load(absorbed + place[None, :] * HEAD_DIM + latent[:, None], mask, 0)
+
+    top, sink_weight = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    sink_sums = tl.zeros((D, ROWS), tl.float32)
+    if split == 0:
+        page = pages + tl.load(block_table).to(tl.int64) * page_stride
+        score, y = read_sink(
+            query, z_query, page, tables, rows, mask, latent, key_latent, value_latent, HEADS_DIM, PAGE, PLANES
+        )
+        top = tl.where(until > 0, score * scale, float("-inf"))
+        tl.store(partial.sink_scores + place, top, real)
+        sink_weight = tl.where(until > 0, tl.exp2(sink_weight), 0)
+        sink_sums = y * sink_weight[None, :]
+
+    # Queries as whole numbers, in a unit of each row's own; what the offsets add is one number a row.
+    z_query *= tl.load(tables.step + key_latent, used, 0)[:, None]
+    unit = tl.max(tl.abs(z_query), 0) / LARGEST
+    unit = tl.where(unit > 0, unit, 1)
+    number = tl.floor(z_query / unit[None, :] + 0.5)
+    constant = tl.sum(number * tl.load(tables.offset + key_latent, used, 0)[:, None], 0) * unit * scale
+    whole_query = halves(number.to(tl.int32)).to(tl.int8)
+    unit *= scale
+    amplitude = tl.sqrt(tl.max(even * even + odd * odd, 0))
+    amplitude = tl.where(amplitude > 0, amplitude, 1)
+    even, odd = even / amplitude[None, :], odd / amplitude[None, :]
+    amplitude *= scale
+
+    tiles = tl.cdiv(tl.max(until), TILE)
+    share = tl.cdiv(tiles, splits)
+    cos_first, sin_first, cos, sin, _, _ = series(tables, split * share * TILE, HEAD_DIM, PAIRS, TILE)
+    column, token = tl.arange(0, 2 * PAIRS), shuffled(tl.arange(0, TILE), TILE)
+    pair = column % PAIRS
+    waves = tables.waves + token[:, None] * HEAD_DIM + (column // PAIRS * (HEAD_DIM // 2) + pair)[None, :]
+    waves = tl.load(waves, (pair < HEAD_DIM // 2)[None, :], 0)
+    even, odd = turned(even, odd, cos_first, sin_first)
+
+    four = tl.arange(0, D // 4) * 4
+    four = tables.fields + head * HEAD_DIM + tl.where(four < HEAD_DIM, four, 0)
+    totals = tl.zeros((TILE, ROWS), tl.float32)
+    sums = tl.zeros((D, ROWS), tl.float32)
+    factor_0 = tl.full((ROWS,), 1, tl.float32)
+    begin, end = split * share, tl.minimum(split * share + share, tiles)
+    # One tile ahead, so that the bytes of the tile after next can be asked for without waiting for their address.
+    block = tl.load(block_table + begin * TILE // PAGE, begin < end, 0)
+    for tile in range(begin, end):
+        first = tile * TILE
+        page = pages + block.to(tl.int64) * page_stride + first % PAGE // 4
+        block = tl.load(block_table + (first + TILE) // PAGE, tile + 1 < end, 0)
+        keys = key_bytes(page, four, 2 * HEADS_DIM, PAGE // 4, TILE // 4, PLANES)
+        values = value_bytes(page, four + HEADS_DIM, 2 * HEADS_DIM, PAGE // 4, TILE // 4, PLANES)
+        mean = tl.dot(waves, fine_halves(stacked(even, odd)))
+        mean_high, mean_low = tl.split(tl.reshape(mean, (TILE, ROWS, 2)))
+        products = tl.dot(keys, whole_query, tl.full((TILE, 2 * ROWS), ORIGIN_BITS, tl.int32), out_dtype=tl.int32)
+        scores = whole(products) * unit[None, :] + ((mean_high + mean_low) * amplitude[None, :] + constant[None, :])
+        position = first + token
+        visible = (position[:, None] < until[None, :]) & (position > 0)[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
+        tile_top = tl.max(scores, 0)
+        new_top = tl.maximum(top, tile_top)
+        base = tl.where(tile_top == float("-inf"), 0, tile_top)
+        weight, factor = tl.where(tile_top == float("-inf"), 0, tl.exp2(tile_top - new_top)), tl.exp2(top - new_top)
+        factor = tl.where(new_top == float("-inf"), 1, factor)
+        top = new_top
+        probability = tl.exp2(scores - base[None, :] + LOG2_LARGEST) + ORIGIN
+        totals = totals * factor[None, :] + (probability - ORIGIN) * weight[None, :]
+        counts = probability.to(tl.int32, bitcast=True) - ORIGIN_BITS
+        products_v = tl.dot(values, in_order(halves(counts)).to(tl.int8), tl.full((D, 2 * ROWS), ORIGIN_BITS, tl.int32), out_dtype=tl.int32)
+        sums = sums * factor[None, :] + whole(products_v) * weight[None, :]
+        factor_0 *= factor
+        even, odd = turned(even, odd, cos, sin)
+    total = tl.sum(totals, 0)
+    # From the order of `value_bytes`.
+    sums = tl.permute(tl.reshape(sums, (4, D // 4, ROWS)), (1, 0, 2))
+    sums = tl.reshape(sums, (D, ROWS))
+    sums = sums * tl.load(tables.step + value_latent, used, 0)[:, None]
+    sums += tl.load(tables.offset + value_latent, used, 0)[:, None] * total[None, :]
+    # In the units of `softmax_step`.
+    share_of = tl.exp2(tl.zeros((ROWS,), tl.float32) + (HEADROOM - LOG2_LARGEST))
+    sink_weight *= factor_0 * LARGEST
+    sums += sink_sums * (factor_0 * LARGEST)[None, :]
+    return sums * share_of[None, :], top, (total + sink_weight) * share_of
+
+
+@triton.jit
 def attend_exact(
     query, exact, sequence, rows, real, begin, last, head, scale,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr,
@@ -222,6 +330,7 @@ def attend_kernel(
     tokens, number, splits, scale, stride_token, stride_head, page_stride,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, PAGE: tl.constexpr, PLANES: tl.constexpr, EXACT_PAGE: tl.constexpr, WHOLE_CHUNK: tl.constexpr,
+    UNIFORM: tl.constexpr,
 ):  # fmt: skip
     """Part of the attention of ROWS rows of one sequence and KV head.
 
@@ -250,7 +359,7 @@ def attend_kernel(
 
     score_scale = scale * LOG2_E
     if split < splits:
-        sums, top, total = attend_stored(
+        sums, top, total = (attend_uniform if UNIFORM else attend_stored)(
             query, absorbed, pages, sequences.block_table + sequence.to(tl.int64) * sequences.table_stride, tables,
             partial, rows, place, real, until, head, split, splits, score_scale, page_stride,
             heads * HEAD_DIM, HEAD_DIM, D, PAIRS, ROWS, TILE, PAGE, PLANES,
@@ -273,11 +382,11 @@ def finish_kernel(
     partial, tables, query_start, output,
     rows, number, splits, stride_token,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
+    STEP: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits and rebuild the values: output [T, H * G, D], zeros past the last sequence's tokens.
+    """Merge the splits, of which there are at most SPLITS, and rebuild the values.
 
-    Grid: (tiles of the step's rows, H, tiles of dimensions).
+    Output [T, H * G, D], zeros past the last sequence's tokens. Grid: (tiles of the step's rows, H, tiles of dimensions).
     """
     row, head, heads = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.num_programs(1)
     dim = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -286,14 +395,16 @@ def finish_kernel(
     asked = token < tl.load(query_start + number)
     step = (rows // GROUP).to(tl.int64) * (heads * GROUP)
 
-    top, stored, all_parts = tl.full((ROWS,), -1e30, tl.float32), tl.zeros((ROWS,), tl.float32), splits + EXACT
-    for split in range(all_parts):
-        top = tl.maximum(top, tl.load(partial.weights + split * step + place, asked, float("-inf")))
-    for split in range(splits):
-        stored += tl.exp2(tl.load(partial.weights + split * step + place, asked, float("-inf")) - top)
-    exact = tl.zeros((ROWS,), tl.float32)
+    # All splits' weights at once: one after the other they would be waited for one after the other.
+    number_of = tl.arange(0, SPLITS)
+    weights = partial.weights + number_of[:, None] * step + place[None, :]
+    weights = tl.load(weights, (number_of < splits)[:, None] & asked[None, :], float("-inf"))
+    exact = tl.full((ROWS,), float("-inf"), tl.float32)
     if EXACT:
-        exact = tl.exp2(tl.load(partial.weights + splits * step + place, asked, float("-inf")) - top)
+        exact = tl.load(partial.weights + splits * step + place, asked, float("-inf"))
+    top = tl.maximum(tl.maximum(tl.max(weights, 0), exact), -1e30)
+    exact = tl.exp2(exact - top)
+    stored = tl.sum(tl.exp2(weights - top[None, :]), 0)
     total = tl.where(asked, stored + exact, 1)
 
     values = (heads + head) * HEAD_DIM
@@ -302,11 +413,12 @@ def finish_kernel(
     for first in range(0, HEAD_DIM, STEP):
         latent = first + tl.arange(0, STEP)
         sums = tl.zeros((ROWS, STEP), tl.float32)
-        for split in range(splits):
+        for split in tl.range(0, splits, loop_unroll_factor=4):
             weight = tl.exp2(tl.load(partial.weights + split * step + place, asked, float("-inf")) - top)
-            read = (weight > 0)[:, None] & (latent < HEAD_DIM)[None, :]
-            part = partial.sums + (split * step + place)[:, None] * HEAD_DIM + latent[None, :]
-            sums += weight[:, None] * tl.load(part, read, 0)
+            read = partial.sums + (split * step + place)[:, None] * HEAD_DIM + latent[None, :]
+            read = tl.load(read, asked[:, None] & (latent < HEAD_DIM)[None, :], 0)
+            # Where nothing was read nothing was written.
+            sums += tl.where(weight[:, None] > 0, weight[:, None] * read, 0)
         basis = tables.synthesis + (values + dim)[None, :] * HEAD_DIM + latent[:, None]
         basis = tl.load(basis, (latent < HEAD_DIM)[:, None] & known[None, :], 0)
         out = tl.dot(sums, basis, out, input_precision="ieee")

@@ -1,7 +1,12 @@
 """Between codes and bytes, for both directions. A *field* is one plane of one latent, in one word of `Tables.fields`."""
 
+import torch
 import triton
 import triton.language as tl
+from triton import knobs
+
+# Whether byte permutations must be spelled out: the interpreter has no assembly, other GPUs than NVIDIA's another one.
+SPELLED_OUT = tl.constexpr(knobs.runtime.interpret or torch.version.hip is not None)
 
 
 @triton.jit
@@ -60,3 +65,53 @@ def pack(code, fields, columns, latents, PLANES: tl.constexpr):
         summand = rotate_right(bits, (32 - rotation).to(tl.uint32)[None, :] & 31)
         packed = tl.dot(summand.to(tl.float16), (byte[:, None] == columns[None, :]).to(tl.float16), packed)
     return packed.to(tl.int32)
+
+
+@triton.jit
+def permute(low, high, selector: tl.constexpr):
+    """Four of the eight bytes of two uint32 words: nibble i of `selector` says which becomes byte i."""
+    if SPELLED_OUT:
+        word = low & 0
+        for i in tl.static_range(4):
+            word |= ((high if selector >> 4 * i & 4 else low) >> (selector >> 4 * i & 3) * 8 & 255) << 8 * i
+        return word
+    else:
+        places = tl.full(low.shape, selector, tl.uint32)
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, places], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def as_bytes(word):
+    """int8 [N, 4 * W], the bytes of uint32 words [N, W] in their order."""
+    four = tl.join(tl.join(word, word >> 16), tl.join(word >> 8, word >> 24))
+    return tl.reshape(four, (word.shape[0], 4 * word.shape[1])).to(tl.int8)
+
+
+@triton.jit
+def transposed(first, second, third, fourth):
+    """uint32 [4 * W, N], a token's four bytes in a word, from [N, W] words that hold one byte of four tokens each.
+
+    Tokens come in the order of `shuffled`.
+    """
+    low_0, low_1 = permute(first, second, 0x5140), permute(first, second, 0x7362)
+    high_0, high_1 = permute(third, fourth, 0x5140), permute(third, fourth, 0x7362)
+    even = tl.join(permute(low_0, high_0, 0x5410), permute(low_1, high_1, 0x5410))
+    odd = tl.join(permute(low_0, high_0, 0x7632), permute(low_1, high_1, 0x7632))
+    tokens = tl.reshape(tl.join(even, odd), (first.shape[0], first.shape[1] // 4, 4, 2, 2))
+    return tl.reshape(tl.permute(tokens, (2, 3, 1, 4, 0)), (4 * first.shape[1], first.shape[0]))
+
+
+@triton.jit
+def shuffled(place, TILE: tl.constexpr):
+    """The token of a tile that stands at `place` where the four of a thread's words go to different banks of memory."""
+    chunks: tl.constexpr = TILE // 16
+    return place // 2 % chunks * 16 + place // (4 * chunks) * 4 + place // (2 * chunks) % 2 * 2 + place % 2
+
+
+@triton.jit
+def in_order(x):
+    """[TILE, N] by token from [TILE, N] in the order of `shuffled`."""
+    parts = tl.reshape(x, (4, 2, x.shape[0] // 16, 2, x.shape[1]))
+    return tl.reshape(tl.permute(parts, (2, 0, 1, 3, 4)), (x.shape[0], x.shape[1]))

@@ -24,6 +24,7 @@ class Tables(NamedTuple):
         sink_scale: float32 [2, H, D].
         thresholds: float32 [R2 / 8, 256], a group's 255 and +inf.
         levels: float16 [R2 / 8, 256], exact: whole numbers of eight bits.
+        step, offset: float32 [R2] where levels are evenly spaced and no width is 8, else None: a level is step * code + offset. The offset of keys is a share of the step.
         fields: int32 [planes, R2], ``byte << 13 | rotation << 8 | mask`` (`codes.parts`).
         group_bytes: int32 [R2 / 8 + 1], the byte at which each group begins, and where the last ends.
         pairs: int32 [2, D / 2], the dimensions i and k of keys that turn together; `pair_frequencies` float64 [D / 2]. With
@@ -41,6 +42,8 @@ class Tables(NamedTuple):
     sink_scale: Tensor
     thresholds: Tensor
     levels: Tensor
+    step: Tensor | None
+    offset: Tensor | None
     fields: Tensor
     group_bytes: Tensor
     pairs: Tensor
@@ -96,6 +99,7 @@ def tables_of(codec: LayerCodec) -> Tables:
     turned[0, :, first], turned[0, :, second] = -key_mean[:, second], key_mean[:, first]
     frequencies[0, first] = frequencies[0, second] = frequency
     angles = torch.outer(torch.arange(MAX_TILE, dtype=torch.float64, device=mean.device), frequency)
+    step, offset = _uniform(codec)
     return Tables(
         mean=mean,
         turned=turned,
@@ -106,6 +110,8 @@ def tables_of(codec: LayerCodec) -> Tables:
         sink_scale=both("sink_scale"),
         thresholds=torch.nn.functional.pad(codec.thresholds[::GROUP], (0, 1), value=math.inf).contiguous(),
         levels=both("levels").flatten(0, 2).half(),
+        step=step,
+        offset=offset,
         fields=_fields(codec),
         group_bytes=_group_bytes(codec).to(mean.device),
         pairs=torch.stack((first, second)).int(),
@@ -133,3 +139,18 @@ def _fields(codec: LayerCodec) -> Tensor:
 def _group_bytes(codec: LayerCodec) -> Tensor:
     widths = [width for kind in (codec.layout.key, codec.layout.value) for head in kind for width in head]
     return torch.tensor([0, *widths]).cumsum(0).int()
+
+
+def _uniform(codec: LayerCodec) -> tuple[Tensor | None, Tensor | None]:
+    """`Tables.step` and `Tables.offset`, or None twice where some levels are not evenly spaced."""
+    levels = torch.stack((codec.key.levels, codec.value.levels)).flatten(0, 2)
+    widths = levels.new_tensor([w for kind in (codec.layout.key, codec.layout.value) for head in kind for w in head])
+    step = torch.where(widths > 0, levels[:, 1] - levels[:, 0], 0)
+    code = torch.arange(levels.shape[1], device=levels.device).minimum((2**widths - 1)[:, None])
+    if (widths == 8).any() or not torch.equal(levels, levels[:, :1] + step[:, None] * code):
+        return None, None
+    offset = levels[:, 0]
+    # Queries are multiplied by the step first.
+    keys = torch.arange(len(step), device=step.device) < len(step) // 2
+    offset = torch.where(keys, torch.where(step > 0, offset / step.clamp_min(1), 0), offset)
+    return step.repeat_interleave(GROUP), offset.repeat_interleave(GROUP)
