@@ -113,7 +113,8 @@ def check(device: torch.device, context: int = 960) -> None:
         for kernels, pages in zip((engine, reference), written, strict=True):
             kernels.write(layer.codec, key, value, torch.arange(40, device=device) * 999, slots, pages)
         wrong = int((written[0] != written[1]).sum())
-        print(f"check: {bits} bits, {'uniform' if uniform else 'other'} levels: attention off by {off:.1e}, {wrong} bytes differ")
+        levels = "uniform" if uniform else "other"
+        print(f"check: {bits} bits, {levels} levels: attention off by {off:.1e}, {wrong} bytes differ")
         if off > LIMIT or wrong:
             sys.exit("the kernels are wrong on this GPU; nothing was measured")
     query = torch.randn(2, 8, 64, device=device).bfloat16()

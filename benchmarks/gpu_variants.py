@@ -30,9 +30,11 @@ from triton.runtime.jit import mangle_type
 
 from tests.codecs import make_codec
 from vllm_kvsplice.engines import Batch, Window
-from vllm_kvsplice.engines.triton import TritonEngine, attention, encode
+from vllm_kvsplice.engines.triton import TritonEngine
+from vllm_kvsplice.engines.triton.kernels import attention, encode
 
 TARGETS = {"sm_80": 80, "sm_90": 90}
+PRODUCTS = ("HMMA", "HGMMA", "IMMA", "IGMMA")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 KERNELS = {
     **dict.fromkeys(("encode_kernel", "copy_kernel"), encode),
@@ -50,21 +52,24 @@ class Variant:
     group: int
     queries: int = 1
     planes: int = 2
+    uniform: bool = False
     block: int = 64
     window: int = 32
     dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
         window = f"window of {str(self.dtype)[6:]}" if self.window else "no window"
-        return (
-            f"{self.group} x {self.dim}, {self.queries} queries, {self.planes} planes, blocks of {self.block}, {window}"
-        )
+        levels = f"{self.planes} planes{', uniform' if self.uniform else ''}"
+        return f"{self.group} x {self.dim}, {self.queries} queries, {levels}, blocks of {self.block}, {window}"
 
 
 # Those of the commonest heads that need most registers.
-CORNERS = [Variant(128, 4, queries=9, planes=3)]
+CORNERS = [
+    Variant(128, 4, queries=9, planes=planes, uniform=uniform) for planes, uniform in ((3, False), (2, True), (3, True))
+]
 ALL = [
-    Variant(dim, group, queries, planes)
+    Variant(dim, group, queries, planes, uniform)
+    for uniform in (True, False)
     for dim in (64, 128, 256)
     for planes in PLANES
     for group, queries in ((4, 1), (16, 1), (8, 9))
@@ -149,7 +154,7 @@ def launches(variant: Variant) -> list[Launch]:
 
 def step(variant: Variant) -> None:
     heads, tokens, engine = 2, 2 * variant.queries, TritonEngine()
-    codec = make_codec(heads, variant.dim, PLANES[variant.planes])
+    codec = make_codec(heads, variant.dim, PLANES[variant.planes], uniform=variant.uniform)
     query = torch.zeros(tokens, heads * variant.group, variant.dim, dtype=variant.dtype)
     key = torch.zeros(tokens, heads, variant.dim, dtype=variant.dtype)
     slots, pages = torch.arange(tokens), torch.zeros(4, codec.layout.token_bytes, variant.block, dtype=torch.uint8)
@@ -176,7 +181,7 @@ def compiled(launch: Launch, target: str) -> dict[str, Any]:
         rows, tile, dim = (launch.constants[name] for name in ("ROWS", "TILE", "D"))
         each = 2 * dim * tile / (32 * made.metadata.num_warps)
         counts = {name: round(count / each, 2) for name, count in loop(disassembled(made.asm["cubin"])).items()}
-        row |= {"rows": rows, "tile": tile, "per_latent": counts}
+        row |= {"rows": rows, "tile": tile, "uniform": launch.constants["UNIFORM"], "per_latent": counts}
     return row
 
 
@@ -199,7 +204,7 @@ def loop(code: str) -> Counter[str]:
             names.append(instruction[1])
             target = re.search(r"`\((\.L_x_\d+)\)", line)
             body = names[labels.get(target[1] if target else "", len(names)) :]
-            if any(name in ("HMMA", "HGMMA") for name in body):
+            if any(name in PRODUCTS for name in body):
                 return Counter({"all": len(body), **Counter(body)})
     raise ValueError("no loop multiplies matrices")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH, TOKEN_ALIGNMENT
 
-FitName = Literal["pca", "pca_spline", "kvsplice", "kvsplice_spline"]
+FitName = Literal["pca", "pca_spline", "pca_uniform", "kvsplice", "kvsplice_spline", "kvsplice_uniform"]
 
 
 @dataclass(frozen=True)

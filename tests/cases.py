@@ -57,7 +57,8 @@ class Case:
 
     def __str__(self) -> str:
         queries, stored = (span(numbers) for numbers in zip(*self.sequences, strict=True))
-        shape = f"T{queries}-S{stored}-H{self.heads}-G{self.group}-D{self.dim}-N{self.block}-w{span(self.widths)}{'u' * self.uniform}"
+        widths = span(self.widths) + ("-uniform" if self.uniform else "")
+        shape = f"T{queries}-S{stored}-H{self.heads}-G{self.group}-D{self.dim}-N{self.block}-w{widths}"
         window = f"-W{self.window}x{self.window_block}{'-chunk' if self.whole_chunk else ''}" if self.window else ""
         return f"{shape}-{self.rotary}-{self.sinks}{window}" + (f"-seed{self.seed}" if self.seed else "")
 

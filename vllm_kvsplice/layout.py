@@ -81,6 +81,11 @@ class LayerLayout:
         assert self.token_bytes % TOKEN_ALIGNMENT == 0
 
     @property
+    def widest(self) -> int:
+        """The largest width of any group."""
+        return max(width for kind in (self.key, self.value) for head in kind for width in head)
+
+    @property
     def key_bytes(self) -> int:
         """Bytes of a token's keys; its values follow, head by head, up to `code_bytes`."""
         return sum(map(sum, self.key))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from calibration.fit.closed_form import ClosedForm
-from calibration.fit.codebooks import lloyd_max
+from calibration.fit.codebooks import lloyd_max, rounded, uniform_levels
 from calibration.fit.coder import FittedCodec, choose
 from calibration.fit.reconstruction import Learned
 from calibration.fit.splines import spline_levels
@@ -31,10 +31,12 @@ class Fit(Protocol):
 
 
 FITS: dict[FitName, Callable[[Statistics], Fit]] = {
-    "pca": partial(ClosedForm.of, levels=lloyd_max),
-    "pca_spline": partial(ClosedForm.of, levels=spline_levels),
-    "kvsplice": partial(Learned.of, levels=lloyd_max),
-    "kvsplice_spline": partial(Learned.of, levels=spline_levels),
+    "pca": partial(ClosedForm.of, levels=rounded(lloyd_max)),
+    "pca_spline": partial(ClosedForm.of, levels=rounded(spline_levels)),
+    "pca_uniform": partial(ClosedForm.of, levels=uniform_levels),
+    "kvsplice": partial(Learned.of, levels=rounded(lloyd_max)),
+    "kvsplice_spline": partial(Learned.of, levels=rounded(spline_levels)),
+    "kvsplice_uniform": partial(Learned.of, levels=uniform_levels),
 }
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from vllm_kvsplice.codec import HIGHEST_LEVEL, LEVELS, LOWEST_LEVEL
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH
 
-# (weighted histograms [M, bins], width) -> levels [M, 2**width], ascending, in standard deviations.
-LevelFit = Callable[[Tensor, int], Tensor]
+# (weighted histograms [M, bins], width) -> levels [M, 2**width], whole numbers, ascending, and what one of them stands for
+# in standard deviations, [M].
+LevelFit = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 # Unit-variance latents fall into bins of 1/100 standard deviation, out to 12.
 _BINS_PER_UNIT, _REACH = 100, 12.0
@@ -19,6 +20,8 @@ _LLOYD_ROUNDS = 40
 _FINE = 6
 # Shares of a codebook's reach that its whole numbers may cover. With many levels a finer unit is worth more than the tails.
 _REACHES = tuple(0.95**step for step in range(28))
+# Steps of evenly spaced levels, as shares of those that reach as far as the histogram does.
+_STEPS = tuple(0.97**step for step in range(120))
 # Share of each histogram that is spread evenly over all bins: the outliers that the sample happens not to hold.
 _UNSEEN = 1e-4
 # Latents of other text, and of a model that reads through the codec, are wider than those measured (DECISIONS.md).
@@ -79,7 +82,7 @@ def fit_codebooks(
         weight: of each of them, [L, H, n].
         analysis: to latents of about unit variance, [L, H, R, D].
         importance: of an error in each latent, [L, H, R].
-        level_fit: `lloyd_max`, or another way from histograms to levels.
+        level_fit: from histograms to levels.
 
     """
     histogram = torch.stack(
@@ -92,8 +95,7 @@ def fit_codebooks(
     levels, units, gains, distortion = [], [], [], []
     for width in range(MAX_WIDTH + 1):
         # Without bits a latent is its mean.
-        wanted = level_fit(flat, width) if width else torch.zeros(len(flat), 1)
-        fitted, unit = whole_levels(flat, wanted)
+        fitted, unit = level_fit(flat, width) if width else (torch.zeros(len(flat), 1), torch.ones(len(flat)))
         gain, left = read_back(flat, fitted * unit[:, None])
         levels.append(fitted.view(*shape, -1))
         units.append(unit.view(shape))
@@ -143,6 +145,24 @@ def whole_levels(histogram: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     best = error.argmin(0)
     row = torch.arange(len(levels))
     return wholes[best, row].float(), units[best, row].float()
+
+
+def rounded(levels_of: Callable[[Tensor, int], Tensor]) -> LevelFit:
+    """`levels_of` (histograms, width), levels in standard deviations, as whole numbers."""
+    return lambda histogram, width: whole_levels(histogram, levels_of(histogram, width))
+
+
+def uniform_levels(histogram: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Evenly spaced levels that leave the least squared error, a `LevelFit`.
+
+    They lie two apart around 0; 256 of them, which eight bits hold only one apart, from -128 on.
+    """
+    count, moments = 1 << width, moments_of(histogram)
+    code = torch.arange(count, dtype=torch.float64)
+    whole = code + LOWEST_LEVEL if width == MAX_WIDTH else 2 * code + 1 - count
+    units = torch.tensor(_STEPS, dtype=torch.float64) * _REACH / -float(whole[0])
+    errors = torch.stack([squared_error((whole * unit).expand(len(histogram), -1), moments) for unit in units])
+    return whole.float().expand(len(histogram), -1), units[errors.argmin(0)].float()
 
 
 def read_back(histogram: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,12 +29,15 @@ from tests.engines import test_engines as grid
 from tests.engines import test_planted as planted
 from tests.engines.device import DEVICE, OnDevice
 from vllm_kvsplice.engines import Batch, reference
-from vllm_kvsplice.engines.triton import TritonEngine, attention
+from vllm_kvsplice.engines.triton import TritonEngine
+from vllm_kvsplice.engines.triton.kernels import attention
 
 pytestmark = pytest.mark.triton
 
+NARROW = tuple(range(8))
 SMALL = Case(((1, 21), (3, 17), (1, 1)), group=2)
 SMALL_WINDOW = replace(SMALL, window=6)
+SMALL_UNIFORM = replace(SMALL, widths=NARROW, block=32, uniform=True, window=6)
 CASES = [
     Case(((1, 1),)),
     Case(((1, 40), (19, 19), (1, 17))),
@@ -47,6 +50,16 @@ CASES = [
     Case(((1, 40), (20, 30)), window=3, whole_chunk=True),
     Case(((33, 40),), heads=1, group=1, widths=(7,), dim=32),
     Case(((1, 300),), heads=1, group=4, widths=(2, 3, 3, 3, 4, 4, 4, 5), dim=64, block=96, window=32, window_block=16),
+    # With eight bits or short blocks, evenly spaced levels are looked up like others.
+    Case(((1, 40),), block=32, uniform=True),
+    Case(((1, 40),), widths=NARROW, uniform=True),
+    Case(
+        ((1, 150), (9, 70)), heads=1, group=9, dim=128, block=64, widths=NARROW, window=17, window_block=5, uniform=True
+    ),
+    Case(((5, 33), (1, 64), (1, 65)), dim=64, block=32, widths=NARROW, rotary="partial", sinks="coded", uniform=True),
+    Case(((5, 63),), dim=96, block=32, widths=NARROW, rotary="partial-interleaved", uniform=True),
+    Case(((1, 300), (1, 1)), group=8, dim=64, block=96, widths=(1, 2, 4), window=32, window_block=16, uniform=True),
+    Case(((33, 70),), heads=1, group=1, dim=256, block=64, widths=(7, 6, 5), whole_chunk=True, window=3, uniform=True),
 ]
 
 
@@ -82,7 +95,7 @@ def test_codes_are_the_references(engine):
     assert int((pages[0] != pages[1]).sum()) == 0
 
 
-@pytest.mark.parametrize("case", [SMALL, SMALL_WINDOW], ids=str)
+@pytest.mark.parametrize("case", [SMALL, SMALL_WINDOW, SMALL_UNIFORM], ids=str)
 def test_nothing_but_its_own_tokens_has_influence(engine, case):
     checks.check_poison(engine, case)
     checks.check_batching(engine, case)
@@ -90,6 +103,7 @@ def test_nothing_but_its_own_tokens_has_influence(engine, case):
 
 def test_pages_may_lie_apart_and_far_away(engine):
     checks.check_strided(engine, SMALL)
+    checks.check_strided(engine, SMALL_UNIFORM)
     grid.test_pages_past_2_and_4_gib_behave_like_near_ones(engine, grid.GIB)
 
 

@@ -42,7 +42,7 @@ def common(queries: list[int], lengths: list[int], padding: int = 0) -> CommonAt
 
 @pytest.fixture
 def builder(monkeypatch) -> KVSpliceMetadataBuilder:
-    monkeypatch.setattr(backend, "_announce", lambda config: None)
+    monkeypatch.setattr(backend, "_announce", lambda *_: None)
     return KVSpliceMetadataBuilder(SPEC, ["layer"], config(), torch.device("cpu"))
 
 

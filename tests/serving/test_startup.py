@@ -72,6 +72,13 @@ def test_the_window_and_its_blocks_are_filled_in(
         assert config.cache_config.block_size % plugin.WINDOWED_BLOCK_MULTIPLE == 0
 
 
+@pytest.mark.parametrize("window", [0, 5, DEFAULT_WINDOW])
+def test_blocks_suit_the_gpu_engine_s_kernels(configure: Callable[..., Any], window: int) -> None:
+    config = configure(additional_config={"kvsplice": {"engine": "triton", "recent_window": window}})
+    assert config.cache_config.block_size % plugin.GPU_BLOCK_MULTIPLE == 0
+    assert config.cache_config.user_specified_block_size
+
+
 def test_the_user_s_block_size_is_kept(configure: Callable[..., Any]) -> None:
     config = configure(block_size=48)
     assert config.cache_config.block_size == 48

@@ -12,8 +12,10 @@ class Fit(StrEnum):
 
     pca = "pca"
     pca_spline = "pca_spline"
+    pca_uniform = "pca_uniform"
     kvsplice = "kvsplice"
     kvsplice_spline = "kvsplice_spline"
+    kvsplice_uniform = "kvsplice_uniform"
 
 
 class Planner(StrEnum):

@@ -123,7 +123,7 @@ class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._positions = StepBuffer(vllm_config, device)
-        _announce(vllm_config)
+        _announce(vllm_config, kv_cache_spec.block_size)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -180,7 +180,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         self._settings, self._artifact = served_artifact(self._vllm_config)
         self._engine = get_engine(self._settings.engine)
         # Set in process_weights_after_loading, before anything runs.
-        self._codec: LayerCodec
+        self.codec: LayerCodec
         self._window: WindowLayer | None = None
         self._viewed: tuple[Tensor, Tensor] | None = None
 
@@ -196,9 +196,9 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         # The worker has made its GPU the current one; an attention layer has no parameters that would name it.
         device = torch.empty(0, device=self._vllm_config.device_config.device_type).device
-        self._codec = self._artifact.layer_shard(index, rank, ranks).to(device)
-        assert (self._codec.num_kv_heads, self._codec.head_dim) == (self.num_kv_heads, self.head_size)
-        layer.attn_backend = _backend_of(self._codec.layout.token_bytes)
+        self.codec = self._artifact.layer_shard(index, rank, ranks).to(device)
+        assert (self.codec.num_kv_heads, self.codec.head_dim) == (self.num_kv_heads, self.head_size)
+        layer.attn_backend = _backend_of(self.codec.layout.token_bytes)
         if self._settings.recent_window:
             assert self._settings.window_block is not None
             hit_alignment = self._vllm_config.cache_config.block_size
@@ -214,7 +214,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         positions = metadata[layer.layer_name].positions
         count = positions.shape[0]
         key, value, slots = _first(count, key), _first(count, value), _first(count, slot_mapping)
-        self._engine.write(self._codec, key, value, positions, slots, self._pages(kv_cache))
+        self._engine.write(self.codec, key, value, positions, slots, self._pages(kv_cache))
         if self._window:
             slots = _first(count, metadata[self._window.name].slots)
             self._engine.write_window(key, value, slots, self._window.kv_cache)
@@ -242,7 +242,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         count = attn_metadata.positions.shape[0]
         window = self._exact(key, value)
         query, batch = _first(count, query), attn_metadata.batch
-        self._engine.attend(self._codec, query, self._pages(kv_cache), batch, self.scale, window, _first(count, output))
+        self._engine.attend(self.codec, query, self._pages(kv_cache), batch, self.scale, window, _first(count, output))
         if count < output.shape[0]:
             output[count:] = 0
         return output
@@ -282,10 +282,14 @@ def _as_pages(kv_cache: Tensor) -> Tensor:
     return raw.as_strided((blocks, token_bytes, tokens), (raw.stride(0), tokens, 1))
 
 
+UNEVEN = (
+    "some layers have levels that are not evenly spaced, which GPUs read far more slowly; "
+    "for even ones: kvsplice calibrate MODEL --out DIR --fit pca_uniform"
+)
 _announced = False
 
 
-def _announce(vllm_config: VllmConfig) -> None:
+def _announce(vllm_config: VllmConfig, block_size: int) -> None:
     """Once per worker, when every layer is bound: what is compressed, by which artifact, and what it saves."""
     global _announced
     if _announced:
@@ -293,13 +297,15 @@ def _announce(vllm_config: VllmConfig) -> None:
     _announced = True
     settings, artifact = served_artifact(vllm_config)
     layers = list(vllm_config.compilation_config.static_forward_context.values())
-    bound = sum(isinstance(getattr(layer, "impl", None), KVSpliceImpl) for layer in layers)
+    bound = [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), KVSpliceImpl)]
     windows = sum(isinstance(layer, WindowLayer) for layer in layers)
-    dense = len(layers) - windows - bound
-    logger.info("KVSplice is in use: %s", describe(artifact, bound, dense, settings.engine))
+    dense = len(layers) - windows - len(bound)
+    logger.info("KVSplice is in use: %s", describe(artifact, len(bound), dense, settings.engine))
+    if settings.engine == "triton" and any(layer.codec.spacing is None for layer in bound):
+        logger.warning("KVSplice: %s", UNEVEN)
     if cpu.native is None and not torch.cuda.is_available():
         logger.warning("KVSplice: %s", cpu.MISSING)
-    logger.info("KVSplice reads exactly: %s", describe_window(vllm_config, settings))
+    logger.info("KVSplice reads exactly: %s", describe_window(vllm_config, settings, block_size))
 
 
 def describe(artifact: Artifact, compressed: int, dense: int, engine: str) -> str:
@@ -311,11 +317,11 @@ def describe(artifact: Artifact, compressed: int, dense: int, engine: str) -> st
     )
 
 
-def describe_window(vllm_config: VllmConfig, settings: Settings) -> str:
-    """One line for the log: what the exact window costs a sequence."""
+def describe_window(vllm_config: VllmConfig, settings: Settings, block_size: int) -> str:
+    """One line for the log: what the exact window costs a sequence beside compressed blocks of `block_size` tokens."""
     if not settings.recent_window:
         return "nothing (window 0)"
-    sizes = chosen_block_sizes(vllm_config, settings)
+    sizes = chosen_block_sizes(vllm_config, settings, block_size)
     cost = sizes.window_bytes(settings.recent_window) / 1e6
     return (
         f"window {settings.recent_window} tokens: {cost:.1f} MB a sequence "

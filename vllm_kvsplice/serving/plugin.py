@@ -35,6 +35,8 @@ BACKEND_PATH = "vllm_kvsplice.serving.backend.KVSpliceBackend"
 BLOCK_MULTIPLE = 16
 # vLLM's CPU platform warns of block sizes that are no multiple of 32.
 WINDOWED_BLOCK_MULTIPLE = 32
+# The GPU engine's kernels take 64 tokens of a block at a time; of shorter blocks they take fewer, and are slower.
+GPU_BLOCK_MULTIPLE = 64
 UNTESTED_VARIABLE = "VLLM_KVSPLICE_ALLOW_UNTESTED"
 _WRAPPED = "_kvsplice_wrapped"
 
@@ -92,19 +94,25 @@ def prepare(vllm_config: VllmConfig) -> None:
     if reasons:
         raise KVSpliceError(f"KVSplice cannot serve this configuration: {'; '.join(reasons)}")
     filled_in: dict[str, Any] = {"digest": artifact.digest}
+    cache = vllm_config.cache_config
+    given_size = cache.block_size if cache.user_specified_block_size else None
     if settings.recent_window:
-        sizes = chosen_block_sizes(vllm_config, settings)
+        sizes = chosen_block_sizes(vllm_config, settings, given_size)
         filled_in["window_block"] = sizes.raw
-        vllm_config.cache_config.block_size = sizes.codes
+        given_size = sizes.codes
+    elif settings.engine == "triton":
+        given_size = given_size or GPU_BLOCK_MULTIPLE
+    if given_size:
+        cache.block_size = given_size
         # Otherwise the platform puts its own default in its place.
-        vllm_config.cache_config.user_specified_block_size = True
+        cache.user_specified_block_size = True
     section = settings.model_dump(exclude_none=True) | filled_in
     given = vllm_config.additional_config
     vllm_config.additional_config = {**(given if isinstance(given, dict) else {}), NAMESPACE: section}
 
 
-def chosen_block_sizes(vllm_config: VllmConfig, settings: Settings) -> BlockSizes:
-    """Block sizes of both caches; those of the largest rank where tensor-parallel ranks differ."""
+def chosen_block_sizes(vllm_config: VllmConfig, settings: Settings, given: int | None) -> BlockSizes:
+    """Block sizes of both caches, the compressed one's where it is `given`; of the largest rank where ranks differ."""
     _, artifact = served_artifact(vllm_config)
     assert settings.recent_window
     cache, ranks = vllm_config.cache_config, vllm_config.parallel_config.tensor_parallel_size
@@ -112,8 +120,8 @@ def chosen_block_sizes(vllm_config: VllmConfig, settings: Settings) -> BlockSize
     dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, vllm_config.model_config)
     raw_bytes = sum(2 * shard.num_kv_heads * shard.head_dim * dtype.itemsize for shard in shards)
     code_bytes = sum(shard.layout.token_bytes for shard in shards)
-    chosen = cache.block_size if cache.user_specified_block_size else None
-    return block_sizes(code_bytes, raw_bytes, settings.recent_window, WINDOWED_BLOCK_MULTIPLE, chosen)
+    multiple = GPU_BLOCK_MULTIPLE if settings.engine == "triton" else WINDOWED_BLOCK_MULTIPLE
+    return block_sizes(code_bytes, raw_bytes, settings.recent_window, multiple, given)
 
 
 def _refusals(vllm_config: VllmConfig, settings: Settings, artifact: Artifact) -> list[tuple[bool, str]]:

@@ -47,7 +47,7 @@ class Tiling(NamedTuple):
 
 TILINGS = (Tiling(64, 64, 16, 4, 3, 3), Tiling(128, 64, 16, 8, 3, 1), Tiling(256, 16, 16, 8, 3, 1))
 # Where levels are evenly spaced.
-UNIFORM_TILINGS = (Tiling(64, 64, 16, 4, 3, 4), Tiling(128, 64, 16, 4, 3, 3), Tiling(256, 64, 8, 8, 2, 1))
+UNIFORM_TILINGS = (Tiling(64, 64, 16, 4, 3, 4), Tiling(128, 64, 8, 4, 3, 3), Tiling(256, 64, 8, 8, 1, 2))
 
 
 class TritonEngine:
@@ -65,7 +65,7 @@ class TritonEngine:
             _encode().encode_kernel[_tiles(tokens, PRODUCT_ROWS), 2 * heads, _tiles(dim, COLUMNS)](
                 key, value, positions, slots, pages, tables, tokens, pages.stride(0), *key.stride()[:2],
                 *value.stride()[:2], codec.layout.token_bytes, HEAD_DIM=dim, LATENTS=min(COLUMNS, _padded(dim)),
-                PAGE=pages.shape[2], PLANES=len(tables.fields), WIDTH=_widest(codec), TOKENS=PRODUCT_ROWS,
+                PAGE=pages.shape[2], PLANES=len(tables.fields), WIDTH=codec.layout.widest, TOKENS=PRODUCT_ROWS,
                 STEP=min(STEP, _padded(dim)), enable_fp_fusion=False, num_warps=8,
             )  # fmt: skip
 
@@ -123,9 +123,7 @@ def _read(
     uniform = tables.step is not None and pages.shape[2] % 32 == 0 and _padded(dim) >= 32
     tiling = _tiling(codec.head_dim, UNIFORM_TILINGS if uniform else TILINGS)
     rows = tokens * heads // kv_heads
-    # Three planes take more registers.
-    most = tiling.rows // 2 if len(tables.fields) > 2 else tiling.rows
-    tile_rows = min(max(_power(_tiles(rows, number)), 4 if uniform else 8), most)
+    tile_rows = min(max(_power(_tiles(rows, number)), 4 if uniform else 8), tiling.rows)
     tiles = rows // tile_rows + number
     # Of `tiles`, those that hold rows where all sequences have as many.
     used = number * _tiles(_tiles(rows, number), tile_rows)
@@ -159,13 +157,13 @@ def _product(codec: LayerCodec, query: Tensor) -> tuple[tuple[int, int, int], di
 
 
 def _encode() -> Any:
-    from vllm_kvsplice.engines.triton import encode
+    from vllm_kvsplice.engines.triton.kernels import encode
 
     return encode
 
 
 def _attention() -> Any:
-    from vllm_kvsplice.engines.triton import attention
+    from vllm_kvsplice.engines.triton.kernels import attention
 
     return attention
 
@@ -227,10 +225,6 @@ def _power(count: int) -> int:
 def _padded(dim: int) -> int:
     """A head's dimensions as kernels count them: matrix instructions take sixteen."""
     return max(16, _power(dim))
-
-
-def _widest(codec: LayerCodec) -> int:
-    return max(width for kind in (codec.layout.key, codec.layout.value) for head in kind for width in head)
 
 
 def _prepared(codec: LayerCodec) -> Tables:

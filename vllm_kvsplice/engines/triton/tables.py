@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvsplice.codec import LayerCodec
-from vllm_kvsplice.layout import GROUP
+from vllm_kvsplice.layout import GROUP, MAX_WIDTH
 
 # The most tokens that a tile of attention holds.
 MAX_TILE = 64
@@ -24,7 +24,8 @@ class Tables(NamedTuple):
         sink_scale: float32 [2, H, D].
         thresholds: float32 [R2 / 8, 256], a group's 255 and +inf.
         levels: float16 [R2 / 8, 256], exact: whole numbers of eight bits.
-        step, offset: float32 [R2] where levels are evenly spaced and no width is 8, else None: a level is step * code + offset. The offset of keys is a share of the step.
+        step, offset: float32 [R2] where levels are evenly spaced and no width is 8, else None: a level is
+            step * code + offset. The offset of keys is a share of the step.
         fields: int32 [planes, R2], ``byte << 13 | rotation << 8 | mask`` (`codes.parts`).
         group_bytes: int32 [R2 / 8 + 1], the byte at which each group begins, and where the last ends.
         pairs: int32 [2, D / 2], the dimensions i and k of keys that turn together; `pair_frequencies` float64 [D / 2]. With
@@ -142,15 +143,11 @@ def _group_bytes(codec: LayerCodec) -> Tensor:
 
 
 def _uniform(codec: LayerCodec) -> tuple[Tensor | None, Tensor | None]:
-    """`Tables.step` and `Tables.offset`, or None twice where some levels are not evenly spaced."""
-    levels = torch.stack((codec.key.levels, codec.value.levels)).flatten(0, 2)
-    widths = levels.new_tensor([w for kind in (codec.layout.key, codec.layout.value) for head in kind for w in head])
-    step = torch.where(widths > 0, levels[:, 1] - levels[:, 0], 0)
-    code = torch.arange(levels.shape[1], device=levels.device).minimum((2**widths - 1)[:, None])
-    if (widths == 8).any() or not torch.equal(levels, levels[:, :1] + step[:, None] * code):
+    """`Tables.step` and `Tables.offset`, or None twice."""
+    if codec.spacing is None or codec.layout.widest == MAX_WIDTH:
         return None, None
-    offset = levels[:, 0]
-    # Queries are multiplied by the step first.
+    step, offset = codec.spacing
     keys = torch.arange(len(step), device=step.device) < len(step) // 2
-    offset = torch.where(keys, torch.where(step > 0, offset / step.clamp_min(1), 0), offset)
+    # Queries are multiplied by the step first.
+    offset = torch.where(keys & (step > 0), offset / step.clamp_min(1), offset)
     return step.repeat_interleave(GROUP), offset.repeat_interleave(GROUP)

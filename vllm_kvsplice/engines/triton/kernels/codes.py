@@ -75,11 +75,10 @@ def permute(low, high, selector: tl.constexpr):
         for i in tl.static_range(4):
             word |= ((high if selector >> 4 * i & 4 else low) >> (selector >> 4 * i & 3) * 8 & 255) << 8 * i
         return word
-    else:
-        places = tl.full(low.shape, selector, tl.uint32)
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, places], dtype=tl.uint32, is_pure=True, pack=1
-        )
+    places = tl.full(low.shape, selector, tl.uint32)
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, places], dtype=tl.uint32, is_pure=True, pack=1
+    )
 
 
 @triton.jit

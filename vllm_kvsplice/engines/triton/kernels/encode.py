@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vllm_kvsplice.engines.triton.codes import pack
+from vllm_kvsplice.engines.triton.kernels.codes import pack
 
 
 @triton.jit

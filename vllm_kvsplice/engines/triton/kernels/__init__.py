@@ -1,0 +1,1 @@
+"""Triton kernels and what they are made of (docs/gpu.md)."""
