@@ -202,10 +202,12 @@ def dense(load: Load, device: torch.device, dtype: torch.dtype) -> float:
 
 
 def loads(quick: bool) -> Iterator[Load]:
+    """With evenly spaced levels, and once for each shape with others, which have a kernel of their own."""
     for shape in SHAPES:
         for context in CONTEXTS[:2] if quick else CONTEXTS:
             for batch in BATCHES[::2] if quick else BATCHES:
                 yield from (Load(shape, batch, context, bits) for bits in WIDTHS)
+        yield Load(shape, 16, 32768, 3.0, uniform=False)
 
 
 def commit() -> str:
@@ -235,6 +237,7 @@ def measure(quick: bool, seconds: float) -> Iterator[dict[str, object]]:
         bf16, fp8 = known[place]
         rate = load.code_bytes / step * 1e6
         row = {"shape": load.shape, "batch": load.batch, "context": load.context, "bits": load.bits}
+        row |= {"levels": "uniform" if load.uniform else "any"}
         row |= {"us": f"{step:.1f}", "GB_s": f"{rate / 1e9:.0f}", "of_copy": f"{rate / speed:.3f}"}
         row |= {"sdpa_bf16_us": f"{bf16:.1f}", "bf16_ratio": f"{bf16 / step:.2f}"}
         row |= {"fp8_us": f"{fp8:.1f}", "fp8_ratio": f"{fp8 / step:.2f}", "encode_us": f"{encode:.1f}"}

@@ -165,6 +165,21 @@ def test_256_levels_restore_a_token_to_within_half_their_distance():
         assert error.abs().max() <= 0.5 + 1e-4
 
 
+@pytest.mark.parametrize("widths", [(0, 1, 2, 3, 4, 5, 6, 7, 8), (1,)])
+def test_evenly_spaced_levels_are_known_by_their_step_and_offset(widths):
+    codec = make_codec(2, 32, widths, uniform=True)
+    step, offset = codec.spacing
+    each = [w for kind in (codec.layout.key, codec.layout.value) for head in kind for w in head]
+    levels = torch.stack((codec.key.levels, codec.value.levels)).flatten(0, 2)
+    for row, width in enumerate(each):
+        code = torch.arange(1 << width)
+        torch.testing.assert_close(levels[row, : 1 << width], step[row] * code + offset[row], rtol=0, atol=0)
+
+
+def test_other_levels_have_no_spacing():
+    assert make_codec(2, 32, (3, 4)).spacing is None
+
+
 @pytest.mark.parametrize("rotary", ROTARIES)
 def test_position_0_is_the_sink_itself_where_the_sink_replaces_it(rotary):
     codec = make_codec(3, 32, rotary=rotary, sinks="replaced")

@@ -22,6 +22,8 @@ _FINE = 6
 _REACHES = tuple(0.95**step for step in range(28))
 # Steps of evenly spaced levels, as shares of those that reach as far as the histogram does.
 _STEPS = tuple(0.97**step for step in range(120))
+# Of 256 whole numbers, those that evenly spaced levels span; the places for an offset in a step; rounds of the search.
+_SPAN, _PLACES, _ROUNDS = 192, 8, 3
 # Share of each histogram that is spread evenly over all bins: the outliers that the sample happens not to hold.
 _UNSEEN = 1e-4
 # Latents of other text, and of a model that reads through the codec, are wider than those measured (DECISIONS.md).
@@ -153,16 +155,26 @@ def rounded(levels_of: Callable[[Tensor, int], Tensor]) -> LevelFit:
 
 
 def uniform_levels(histogram: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Evenly spaced levels that leave the least squared error, a `LevelFit`.
+    """Evenly spaced levels that leave little squared error, a `LevelFit`: unit and offset are searched in turn.
 
-    They lie two apart around 0; 256 of them, which eight bits hold only one apart, from -128 on.
+    The step is a whole number of units that leaves room to move all levels; at seven and eight bits it is one.
     """
     count, moments = 1 << width, moments_of(histogram)
-    code = torch.arange(count, dtype=torch.float64)
-    whole = code + LOWEST_LEVEL if width == MAX_WIDTH else 2 * code + 1 - count
-    units = torch.tensor(_STEPS, dtype=torch.float64) * _REACH / -float(whole[0])
-    errors = torch.stack([squared_error((whole * unit).expand(len(histogram), -1), moments) for unit in units])
-    return whole.float().expand(len(histogram), -1), units[errors.argmin(0)].float()
+    step = max(1, _SPAN // count)
+    code = step * torch.arange(count, dtype=torch.float64)
+    reach = float(code[-1]) / 2
+    units = torch.tensor(_STEPS, dtype=torch.float64) * _REACH / reach
+    offsets = torch.arange(LOWEST_LEVEL, HIGHEST_LEVEL - int(code[-1]) + 1, max(1, step // _PLACES), dtype=torch.float64)
+
+    def best(candidates: Tensor, error_of: Callable[[Tensor], Tensor]) -> Tensor:
+        return candidates[torch.stack([error_of(candidate) for candidate in candidates]).argmin(0)]
+
+    offset = offsets[(offsets + reach).abs().argmin()].expand(len(histogram))
+    for _ in range(_ROUNDS):
+        levels = code + offset[:, None]
+        unit = best(units, lambda u, whole=levels: squared_error(whole * u, moments))
+        offset = best(offsets, lambda o, unit=unit: squared_error((code + o) * unit[:, None], moments))
+    return (code + offset[:, None]).float(), unit.float()
 
 
 def read_back(histogram: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:

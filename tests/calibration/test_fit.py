@@ -16,7 +16,9 @@ from calibration.fit.codebooks import (
     lloyd_max,
     moments_of,
     read_back,
+    rounded,
     squared_error,
+    uniform_levels,
     whole_levels,
 )
 from calibration.fit.coder import fit_sinks
@@ -59,7 +61,7 @@ def kind_statistics(seed: int = 0, shape: tuple[int, ...] = (2, 3, 16), samples:
 
 
 def codebooks(statistics: KindStatistics, transform: Transform) -> Codebooks:
-    return fit_codebooks(statistics.residual, statistics.weight, transform.analysis, transform.importance, lloyd_max)
+    return fit_codebooks(statistics.residual, statistics.weight, transform.analysis, transform.importance, rounded(lloyd_max))
 
 
 def cost(statistics: KindStatistics, error: Tensor) -> Tensor:
@@ -279,6 +281,36 @@ class TestSplines:
         levels = spline_levels((SHAPES | DEGENERATE)[shape], width)
         assert levels.shape == (1, 1 << width)
         assert (levels.diff() > 0).all()
+
+
+class TestUniformLevels:
+    @pytest.mark.parametrize("width", range(1, MAX_WIDTH + 1))
+    @pytest.mark.parametrize("shape", SHAPES | DEGENERATE)
+    def test_levels_are_evenly_spaced_whole_numbers(self, shape, width):
+        levels, unit = uniform_levels((SHAPES | DEGENERATE)[shape], width)
+        steps = levels.diff()
+        assert levels.shape == (1, 1 << width)
+        assert (steps == steps[:, :1]).all()
+        assert float(steps[0, 0]) >= 1
+        assert torch.equal(levels, levels.round())
+        assert levels.min() >= -128
+        assert levels.max() <= 127
+        assert (unit > 0).all()
+
+    # By Max, 1960, table II: the least squared error of evenly spaced levels for a Gaussian.
+    @pytest.mark.parametrize(("width", "optimum"), [(1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154), (5, 0.003495)])
+    def test_the_error_for_a_gaussian_is_the_published_optimum(self, width, optimum):
+        levels, unit = uniform_levels(gaussian(), width)
+        assert float(stated(gaussian(), levels * unit)) == pytest.approx(optimum, rel=0.02)
+
+    @pytest.mark.parametrize("width", [1, 2, 3])
+    def test_levels_move_to_where_the_latents_are(self, width):
+        """No worse than any symmetric levels, by much where latents lie to one side."""
+        histogram = SHAPES["one-sided"]
+        levels, unit = uniform_levels(histogram, width)
+        code = torch.arange(1 << width) - (2**width - 1) / 2
+        symmetric = min(float(stated(histogram, code[None] * step / 50)) for step in range(2, 200))
+        assert float(stated(histogram, levels * unit)) < 0.8 * symmetric
 
 
 class TestWholeLevels:

@@ -142,7 +142,7 @@ def reading_cost(coder: KindCoder, start: KindCoder, statistics: KindStatistics)
 
 
 class TestReconstruction:
-    @pytest.mark.parametrize("fit", ["kvsplice", "kvsplice_spline"])
+    @pytest.mark.parametrize("fit", ["kvsplice", "kvsplice_spline", "kvsplice_uniform"])
     def test_reads_back_more_than_the_closed_form_and_of_no_head_less(self, fit):
         statistics = Statistics((0,), mixed_uniform(0), mixed_uniform(1), torch.arange(4000), 4000)
         learned = FITS[fit](statistics)

@@ -20,6 +20,8 @@ from calibration.pipeline import calibrate
 from calibration.recipe import CalibrationConfig
 from tests.models import TEXT, tiny_model
 from vllm_kvsplice.artifact import make_artifact, save_artifact
+from vllm_kvsplice.engines import ENGINES
+from vllm_kvsplice.engines.triton import TritonEngine
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.serving import plugin
 from vllm_kvsplice.serving.backend import KVSpliceBackend, KVSpliceImpl
@@ -73,7 +75,10 @@ def test_the_window_and_its_blocks_are_filled_in(
 
 
 @pytest.mark.parametrize("window", [0, 5, DEFAULT_WINDOW])
-def test_blocks_suit_the_gpu_engine_s_kernels(configure: Callable[..., Any], window: int) -> None:
+def test_blocks_suit_the_gpu_engine_s_kernels(
+    configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    monkeypatch.setitem(ENGINES, "triton", TritonEngine())
     config = configure(additional_config={"kvsplice": {"engine": "triton", "recent_window": window}})
     assert config.cache_config.block_size % plugin.GPU_BLOCK_MULTIPLE == 0
     assert config.cache_config.user_specified_block_size

@@ -99,18 +99,22 @@ def transposed(first, second, third, fourth):
     even = tl.join(permute(low_0, high_0, 0x5410), permute(low_1, high_1, 0x5410))
     odd = tl.join(permute(low_0, high_0, 0x7632), permute(low_1, high_1, 0x7632))
     tokens = tl.reshape(tl.join(even, odd), (first.shape[0], first.shape[1] // 4, 4, 2, 2))
-    return tl.reshape(tl.permute(tokens, (2, 3, 1, 4, 0)), (4 * first.shape[1], first.shape[0]))
+    return tl.reshape(tl.permute(tokens, (2, 4, 1, 3, 0)), (4 * first.shape[1], first.shape[0]))
 
 
 @triton.jit
 def shuffled(place, TILE: tl.constexpr):
-    """The token of a tile that stands at `place` where the four of a thread's words go to different banks of memory."""
+    """The token of a tile that stands at `place`.
+
+    Words that are stored together go to different banks of memory, and the two rows of a product that a thread holds, eight
+    apart, are neighbours, whose bytes are stored together.
+    """
     chunks: tl.constexpr = TILE // 16
-    return place // 2 % chunks * 16 + place // (4 * chunks) * 4 + place // (2 * chunks) % 2 * 2 + place % 2
+    return place // 2 % chunks * 16 + place // (4 * chunks) * 4 + place % 2 * 2 + place // (2 * chunks) % 2
 
 
 @triton.jit
 def in_order(x):
     """[TILE, N] by token from [TILE, N] in the order of `shuffled`."""
     parts = tl.reshape(x, (4, 2, x.shape[0] // 16, 2, x.shape[1]))
-    return tl.reshape(tl.permute(parts, (2, 0, 1, 3, 4)), (x.shape[0], x.shape[1]))
+    return tl.reshape(tl.permute(parts, (2, 0, 3, 1, 4)), (x.shape[0], x.shape[1]))
