@@ -164,7 +164,8 @@ def uniform_levels(histogram: Tensor, width: int) -> tuple[Tensor, Tensor]:
     code = step * torch.arange(count, dtype=torch.float64)
     reach = float(code[-1]) / 2
     units = torch.tensor(_STEPS, dtype=torch.float64) * _REACH / reach
-    offsets = torch.arange(LOWEST_LEVEL, HIGHEST_LEVEL - int(code[-1]) + 1, max(1, step // _PLACES), dtype=torch.float64)
+    highest = HIGHEST_LEVEL - int(code[-1])
+    offsets = torch.arange(LOWEST_LEVEL, highest + 1, max(1, step // _PLACES), dtype=torch.float64)
 
     def best(candidates: Tensor, error_of: Callable[[Tensor], Tensor]) -> Tensor:
         return candidates[torch.stack([error_of(candidate) for candidate in candidates]).argmin(0)]

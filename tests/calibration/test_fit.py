@@ -61,7 +61,8 @@ def kind_statistics(seed: int = 0, shape: tuple[int, ...] = (2, 3, 16), samples:
 
 
 def codebooks(statistics: KindStatistics, transform: Transform) -> Codebooks:
-    return fit_codebooks(statistics.residual, statistics.weight, transform.analysis, transform.importance, rounded(lloyd_max))
+    levels = rounded(lloyd_max)
+    return fit_codebooks(statistics.residual, statistics.weight, transform.analysis, transform.importance, levels)
 
 
 def cost(statistics: KindStatistics, error: Tensor) -> Tensor:
@@ -298,7 +299,9 @@ class TestUniformLevels:
         assert (unit > 0).all()
 
     # By Max, 1960, table II: the least squared error of evenly spaced levels for a Gaussian.
-    @pytest.mark.parametrize(("width", "optimum"), [(1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154), (5, 0.003495)])
+    @pytest.mark.parametrize(
+        ("width", "optimum"), [(1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154), (5, 0.003495)]
+    )
     def test_the_error_for_a_gaussian_is_the_published_optimum(self, width, optimum):
         levels, unit = uniform_levels(gaussian(), width)
         assert float(stated(gaussian(), levels * unit)) == pytest.approx(optimum, rel=0.02)
