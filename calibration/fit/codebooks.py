@@ -167,14 +167,12 @@ def uniform_levels(histogram: Tensor, width: int) -> tuple[Tensor, Tensor]:
     highest = HIGHEST_LEVEL - int(code[-1])
     offsets = torch.arange(LOWEST_LEVEL, highest + 1, max(1, step // _PLACES), dtype=torch.float64)
 
-    def best(candidates: Tensor, error_of: Callable[[Tensor], Tensor]) -> Tensor:
-        return candidates[torch.stack([error_of(candidate) for candidate in candidates]).argmin(0)]
-
     offset = offsets[(offsets + reach).abs().argmin()].expand(len(histogram))
     for _ in range(_ROUNDS):
         levels = code + offset[:, None]
-        unit = best(units, lambda u, whole=levels: squared_error(whole * u, moments))
-        offset = best(offsets, lambda o, unit=unit: squared_error((code + o) * unit[:, None], moments))
+        unit = units[torch.stack([squared_error(levels * u, moments) for u in units]).argmin(0)]
+        errors = [squared_error((code + o) * unit[:, None], moments) for o in offsets]
+        offset = offsets[torch.stack(errors).argmin(0)]
     return (code + offset[:, None]).float(), unit.float()
 
 
