@@ -64,9 +64,7 @@ class Variant:
 
 
 # Those of the commonest heads that need most registers.
-CORNERS = [
-    Variant(128, 4, queries=9, planes=planes, uniform=uniform) for planes, uniform in ((3, False), (2, True), (3, True))
-]
+CORNERS = [Variant(128, 4, queries=9, planes=planes, uniform=uniform) for planes, uniform in ((3, False), (2, True))]
 ALL = [
     Variant(dim, group, queries, planes, uniform)
     for uniform in (True, False)
