@@ -114,8 +114,7 @@ class LayerCodec:
     def spacing(self) -> tuple[Tensor, Tensor] | None:
         """Where the levels of all groups are evenly spaced: level = step * code + offset, [2 * H * G] each."""
         levels = torch.stack((self.key.levels, self.value.levels)).flatten(0, 2)
-        widths = [width for kind in (self.layout.key, self.layout.value) for head in kind for width in head]
-        sizes = 1 << torch.tensor(widths, device=levels.device)
+        sizes = 1 << torch.tensor(self.layout.widths, device=levels.device)
         step, offset = levels[:, 1] - levels[:, 0], levels[:, 0]
         code = torch.arange(LEVELS, device=levels.device).minimum(sizes[:, None] - 1)
         return (step, offset) if torch.equal(levels, step[:, None] * code + offset[:, None]) else None

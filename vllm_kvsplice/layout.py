@@ -70,7 +70,7 @@ class LayerLayout:
     code_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        for width in (w for kind in (self.key, self.value) for head in kind for w in head):
+        for width in self.widths:
             if not 0 <= width <= MAX_WIDTH:
                 raise ValueError(f"width {width} is not between 0 and {MAX_WIDTH} bits")
         code_bytes = sum(map(sum, self.key)) + sum(map(sum, self.value))
@@ -81,9 +81,9 @@ class LayerLayout:
         assert self.token_bytes % TOKEN_ALIGNMENT == 0
 
     @property
-    def widest(self) -> int:
-        """The largest width of any group."""
-        return max(width for kind in (self.key, self.value) for head in kind for width in head)
+    def widths(self) -> list[int]:
+        """Of all groups, keys first, head by head."""
+        return [width for kind in (self.key, self.value) for head in kind for width in head]
 
     @property
     def key_bytes(self) -> int:
@@ -99,7 +99,7 @@ class LayerLayout:
         """Index tensors that let a whole token be packed or unpacked at once."""
         per_latent: list[list[tuple[int, int, int, int]]] = []
         start = 0
-        for width in (w for kind in (self.key, self.value) for head in kind for w in head):
+        for width in self.widths:
             fields: list[list[tuple[int, int, int, int]]] = [[] for _ in range(GROUP)]
             for bits, low in planes(width):
                 per_byte = 8 // bits

@@ -65,7 +65,7 @@ class TritonEngine:
             _encode().encode_kernel[_tiles(tokens, PRODUCT_ROWS), 2 * heads, _tiles(dim, COLUMNS)](
                 key, value, positions, slots, pages, tables, tokens, pages.stride(0), *key.stride()[:2],
                 *value.stride()[:2], codec.layout.token_bytes, HEAD_DIM=dim, LATENTS=min(COLUMNS, _padded(dim)),
-                PAGE=pages.shape[2], PLANES=len(tables.fields), WIDTH=codec.layout.widest, TOKENS=PRODUCT_ROWS,
+                PAGE=pages.shape[2], PLANES=len(tables.fields), WIDTH=max(codec.layout.widths), TOKENS=PRODUCT_ROWS,
                 STEP=min(STEP, _padded(dim)), enable_fp_fusion=False, num_warps=8,
             )  # fmt: skip
 

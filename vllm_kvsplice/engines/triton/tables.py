@@ -138,13 +138,12 @@ def _fields(codec: LayerCodec) -> Tensor:
 
 
 def _group_bytes(codec: LayerCodec) -> Tensor:
-    widths = [width for kind in (codec.layout.key, codec.layout.value) for head in kind for width in head]
-    return torch.tensor([0, *widths]).cumsum(0).int()
+    return torch.tensor([0, *codec.layout.widths]).cumsum(0).int()
 
 
 def _uniform(codec: LayerCodec) -> tuple[Tensor | None, Tensor | None]:
     """`Tables.step` and `Tables.offset`, or None twice."""
-    if codec.spacing is None or codec.layout.widest == MAX_WIDTH:
+    if codec.spacing is None or MAX_WIDTH in codec.layout.widths:
         return None, None
     step, offset = codec.spacing
     keys = torch.arange(len(step), device=step.device) < len(step) // 2

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvsplice.engines.triton.kernels.codes import look_up, unpack
-from vllm_kvsplice.engines.triton.kernels.means import mean_terms, read_sink, stacked, turned, turns, waves
+from vllm_kvsplice.engines.triton.kernels.means import beginning, stacked, turned, turns, waves
 from vllm_kvsplice.engines.triton.kernels.softmax import HEADROOM, normalised, softmax_step
 
 
@@ -15,17 +15,9 @@ def attend_any(
     PAGE: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """One split of the stored tokens before `until` [rows]: what `normalised` returns, for value latents [D, rows]."""
-    latent = tl.arange(0, D)
-    used = latent < HEAD_DIM
-    mask = used[:, None] & real[None, :]
-    key_latent = head * HEAD_DIM + tl.where(used, latent, 0)
-    value_latent = HEADS_DIM + key_latent
-    even, odd = mean_terms(query, rows, real, head, tables, HEADS_DIM, HEAD_DIM, PAIRS)
-    z_query = tl.load(absorbed + place[None, :] * HEAD_DIM + latent[:, None], mask, 0)
-
-    top, weight, sums = read_sink(
-        query, z_query, pages, block_table, tables, partial, rows, place, real, until, key_latent, value_latent, split,
-        scale, page_stride, HEADS_DIM, HEAD_DIM, D, ROWS, PAGE, PLANES,
+    key_latent, value_latent, even, odd, z_query, top, weight, sums = beginning(
+        query, absorbed, pages, block_table, tables, partial, rows, place, real, until, head, split, scale, page_stride,
+        HEADS_DIM, HEAD_DIM, D, PAIRS, ROWS, PAGE, PLANES,
     )  # fmt: skip
     headroom = tl.exp2(tl.zeros((ROWS,), tl.float32) + HEADROOM)
     total, sums = weight * headroom, sums * headroom[None, :]

@@ -99,3 +99,29 @@ def decoded(page, tables, latent, HEADS_DIM, PAGE: tl.constexpr, PLANES: tl.cons
     code = unpack(page, tables.fields + latent, PAGE // 4, 2 * HEADS_DIM, 1, PLANES) & 255
     level = tl.load(tables.levels + (latent // 8 * 256)[:, None] + code).to(tl.float32)
     return level * tl.load(tables.sink_scale + latent)[:, None]
+
+
+@triton.jit
+def beginning(
+    query, absorbed, pages, block_table, tables, partial, rows, place, real, until, head, split, scale, page_stride,
+    HEADS_DIM, HEAD_DIM: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr,
+    PLANES: tl.constexpr,
+):  # fmt: skip
+    """Where a split of the stored tokens begins, whatever their levels.
+
+    Returns:
+        The head's latents among all, of keys and of values [D], beyond its own the first; what `mean_terms` returns;
+        absorbed queries [D, rows], 0 beyond its own; what `read_sink` returns.
+
+    """
+    latent = tl.arange(0, D)
+    used = latent < HEAD_DIM
+    key_latent = head * HEAD_DIM + tl.where(used, latent, 0)
+    value_latent = HEADS_DIM + key_latent
+    even, odd = mean_terms(query, rows, real, head, tables, HEADS_DIM, HEAD_DIM, PAIRS)
+    z_query = tl.load(absorbed + place[None, :] * HEAD_DIM + latent[:, None], used[:, None] & real[None, :], 0)
+    top, weight, sums = read_sink(
+        query, z_query, pages, block_table, tables, partial, rows, place, real, until, key_latent, value_latent, split,
+        scale, page_stride, HEADS_DIM, HEAD_DIM, D, ROWS, PAGE, PLANES,
+    )  # fmt: skip
+    return key_latent, value_latent, even, odd, z_query, top, weight, sums

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvsplice.engines.triton.kernels.codes import as_bytes, in_order, parts, rotate_right, shuffled, transposed
-from vllm_kvsplice.engines.triton.kernels.means import mean_terms, read_sink, stacked, turned, turns, waves
+from vllm_kvsplice.engines.triton.kernels.means import beginning, stacked, turned, turns, waves
 from vllm_kvsplice.engines.triton.kernels.softmax import normalised
 
 # 128 * 127, the largest number that two bytes with seven bits each hold.
@@ -102,25 +102,17 @@ def attend_uniform(
     PAGE: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """As `lookup.attend_any`, where levels are evenly spaced."""
-    latent = tl.arange(0, D)
-    used = latent < HEAD_DIM
-    mask = used[:, None] & real[None, :]
-    key_latent = head * HEAD_DIM + tl.where(used, latent, 0)
-    value_latent = HEADS_DIM + key_latent
-    even, odd = mean_terms(query, rows, real, head, tables, HEADS_DIM, HEAD_DIM, PAIRS)
-    z_query = tl.load(absorbed + place[None, :] * HEAD_DIM + latent[:, None], mask, 0)
-
-    top, sink_weight, sink_sums = read_sink(
-        query, z_query, pages, block_table, tables, partial, rows, place, real, until, key_latent, value_latent, split,
-        scale, page_stride, HEADS_DIM, HEAD_DIM, D, ROWS, PAGE, PLANES,
+    key_latent, value_latent, even, odd, z_query, top, sink_weight, sink_sums = beginning(
+        query, absorbed, pages, block_table, tables, partial, rows, place, real, until, head, split, scale, page_stride,
+        HEADS_DIM, HEAD_DIM, D, PAIRS, ROWS, PAGE, PLANES,
     )  # fmt: skip
 
     # Queries as whole numbers, in a unit of each row's own; what the offsets add is one number a row.
-    z_query *= tl.load(tables.step + key_latent, used, 0)[:, None]
+    z_query *= tl.load(tables.step + key_latent)[:, None]
     unit = tl.max(tl.abs(z_query), 0) / LARGEST
     unit = tl.where(unit > 0, unit, 1)
     number = tl.floor(z_query / unit[None, :] + 0.5)
-    constant = tl.sum(number * tl.load(tables.offset + key_latent, used, 0)[:, None], 0) * unit * scale
+    constant = tl.sum(number * tl.load(tables.offset + key_latent)[:, None], 0) * unit * scale
     whole_query = halves(number.to(tl.int32)).to(tl.int8)
     unit *= scale
     amplitude = tl.sqrt(tl.max(even * even + odd * odd, 0))
@@ -174,7 +166,7 @@ def attend_uniform(
     total = tl.sum(totals, 0)
     # From the order of `value_bytes`.
     sums = tl.reshape(tl.permute(tl.reshape(sums, (4, D // 4, ROWS)), (1, 0, 2)), (D, ROWS))
-    sums *= tl.load(tables.step + value_latent, used, 0)[:, None]
-    sums += tl.load(tables.offset + value_latent, used, 0)[:, None] * total[None, :]
+    sums *= tl.load(tables.step + value_latent)[:, None]
+    sums += tl.load(tables.offset + value_latent)[:, None] * total[None, :]
     shrunk *= LARGEST
     return normalised(sums + sink_sums * shrunk[None, :], top, total + sink_weight * shrunk, LOG2_LARGEST)
