@@ -47,7 +47,7 @@ class Tiling(NamedTuple):
 
 TILINGS = (Tiling(64, 64, 16, 4, 3, 3), Tiling(128, 64, 16, 8, 1, 1), Tiling(256, 16, 16, 8, 3, 1))
 # Where levels are evenly spaced.
-UNIFORM_TILINGS = (Tiling(64, 64, 16, 4, 3, 4), Tiling(128, 64, 8, 4, 3, 3), Tiling(256, 64, 8, 8, 1, 2))
+UNIFORM_TILINGS = (Tiling(64, 64, 16, 4, 1, 4), Tiling(128, 64, 8, 4, 1, 3), Tiling(256, 64, 4, 8, 1, 1))
 
 
 class TritonEngine:

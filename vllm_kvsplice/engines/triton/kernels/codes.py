@@ -114,7 +114,7 @@ def shuffled(place, TILE: tl.constexpr):
 
 
 @triton.jit
-def in_order(x):
-    """[TILE, N] by token from [TILE, N] in the order of `shuffled`."""
+def dealt(x):
+    """[TILE, N] from the order of `shuffled`: words of four tokens are dealt out to as many hands as a hand has words."""
     parts = tl.reshape(x, (4, 2, x.shape[0] // 16, 2, x.shape[1]))
-    return tl.reshape(tl.permute(parts, (2, 0, 3, 1, 4)), (x.shape[0], x.shape[1]))
+    return tl.reshape(tl.permute(parts, (0, 2, 3, 1, 4)), (x.shape[0], x.shape[1]))

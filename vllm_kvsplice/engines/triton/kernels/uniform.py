@@ -8,7 +8,7 @@ of whole numbers of eight bits.
 import triton
 import triton.language as tl
 
-from vllm_kvsplice.engines.triton.kernels.codes import as_bytes, in_order, parts, rotate_right, shuffled, transposed
+from vllm_kvsplice.engines.triton.kernels.codes import as_bytes, dealt, parts, rotate_right, shuffled, transposed
 from vllm_kvsplice.engines.triton.kernels.means import beginning, stacked, turned, turns, waves
 from vllm_kvsplice.engines.triton.kernels.softmax import normalised
 
@@ -42,8 +42,8 @@ def fine_halves(x):
 
 
 @triton.jit
-def four_codes(page, fields, latents, row_words: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr):
-    """Codes of four latents in a row, uint32 [N, WORDS] each with four tokens a word, of the tokens from `page` on.
+def four_words(page, fields, latents, row_words: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr):
+    """Words that hold codes of four latents in a row, uint32 [N, WORDS] of four tokens a word, from `page` on.
 
     The first plane of four latents lies in two bytes where it has four bits, else in one, and each further plane in one.
 
@@ -52,25 +52,36 @@ def four_codes(page, fields, latents, row_words: tl.constexpr, WORDS: tl.constex
         row_words: words between two bytes of a token.
 
     """
-    byte, rotation, mask = parts(tl.load(fields))
-    bits, apart = tl.where(mask == 15, 4, tl.where(mask == 3, 2, 1)), mask == 15
     word = page + tl.arange(0, WORDS)[None, :]
+    byte, _, mask = parts(tl.load(fields))
     row = word + (byte * row_words)[:, None]
     near = tl.load(row, (mask > 0)[:, None], 0).to(tl.uint32)
-    far = tl.load(row + row_words, apart[:, None], 0).to(tl.uint32)
+    words = (near, tl.load(row + row_words, (mask == 15)[:, None], 0).to(tl.uint32))
+    for plane in tl.static_range(1, PLANES):
+        byte, _, mask = parts(tl.load(fields + plane * latents))
+        row = word + (byte * row_words)[:, None]
+        words += (tl.load(row, (mask > 0)[:, None], 0).to(tl.uint32),)
+    return words
+
+
+@triton.jit
+def four_codes(words, fields, latents, PLANES: tl.constexpr):
+    """Codes of each of the four latents, uint32 [N, WORDS] with four tokens a word, from what `four_words` returns."""
+    near, far = words[0], words[1]
+    _, rotation, mask = parts(tl.load(fields))
+    bits, apart = tl.where(mask == 15, 4, tl.where(mask == 3, 2, 1)), mask == 15
     far |= near & tl.where(apart, 0, 0xFFFFFFFF).to(tl.uint32)[:, None]
     first = field(near, rotation, mask)
     second = field(near, (rotation + bits) & 7, mask)
     third = field(far, (rotation + 2 * bits) & 7, mask)
     fourth = field(far, (rotation + 3 * bits) & 7, mask)
     for plane in tl.static_range(1, PLANES):
-        byte, rotation, mask = parts(tl.load(fields + plane * latents))
+        _, rotation, mask = parts(tl.load(fields + plane * latents))
         bits = tl.where(mask == 0x30, 2, 1)
-        packed = tl.load(word + (byte * row_words)[:, None], (mask > 0)[:, None], 0).to(tl.uint32)
-        first |= field(packed, rotation, mask)
-        second |= field(packed, (rotation + bits) & 31, mask)
-        third |= field(packed, (rotation + 2 * bits) & 31, mask)
-        fourth |= field(packed, (rotation + 3 * bits) & 31, mask)
+        first |= field(words[plane + 1], rotation, mask)
+        second |= field(words[plane + 1], (rotation + bits) & 31, mask)
+        third |= field(words[plane + 1], (rotation + 2 * bits) & 31, mask)
+        fourth |= field(words[plane + 1], (rotation + 3 * bits) & 31, mask)
     return first, second, third, fourth
 
 
@@ -81,18 +92,32 @@ def field(word, rotation, mask):
 
 
 @triton.jit
-def key_bytes(page, fields, latents, row_words: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr):
+def key_bytes(words, fields, latents, PLANES: tl.constexpr):
     """Codes of keys, int8 [4 * WORDS tokens, D], in the order of `codes.shuffled`."""
-    first, second, third, fourth = four_codes(page, fields, latents, row_words, WORDS, PLANES)
+    first, second, third, fourth = four_codes(words, fields, latents, PLANES)
     return as_bytes(transposed(first, second, third, fourth))
 
 
 @triton.jit
-def value_bytes(page, fields, latents, row_words: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr):
-    """Codes of values, int8 [D, 4 * WORDS tokens]; the first of each four latents, then the second, and so on."""
-    first, second, third, fourth = four_codes(page, fields, latents, row_words, WORDS, PLANES)
-    four = tl.permute(tl.join(tl.join(first, third), tl.join(second, fourth)), (2, 3, 0, 1))
-    return as_bytes(tl.reshape(four, (4 * first.shape[0], first.shape[1])))
+def value_bytes(words, fields, latents, PLANES: tl.constexpr):
+    """Codes of values, int8 [D, 4 * WORDS tokens]; tokens in the order of `dealt`, latents in one that `by_latent` undoes.
+
+    With 128 latents and 64 tokens a thread that has loaded rows of words then holds just those codes that the product wants
+    of it, so they stay in its registers.
+    """
+    first, second, third, fourth = four_codes(words, fields, latents, PLANES)
+    four = tl.join(tl.join(first, third), tl.join(second, fourth))
+    near: tl.constexpr = min(8, first.shape[0])
+    four = tl.reshape(four, (first.shape[0] // near, near, first.shape[1] // 4, 4, 2, 2))
+    return as_bytes(tl.reshape(tl.permute(four, (4, 0, 5, 1, 3, 2)), (4 * first.shape[0], first.shape[1])))
+
+
+@triton.jit
+def by_latent(sums):
+    """[D, R] in the latents' order from that of `value_bytes`."""
+    near: tl.constexpr = min(8, sums.shape[0] // 4)
+    parts = tl.reshape(sums, (2, sums.shape[0] // 4 // near, 2, near, sums.shape[1]))
+    return tl.reshape(tl.permute(parts, (1, 3, 0, 2, 4)), (sums.shape[0], sums.shape[1]))
 
 
 @triton.jit
@@ -133,19 +158,22 @@ def attend_uniform(
     # What new maxima have multiplied the sums by so far.
     shrunk = tl.full((ROWS,), 1, tl.float32)
     begin, end = split * share, tl.minimum(split * share + share, tiles)
-    # One tile ahead, so that the bytes of the tile after next can be asked for without waiting for their address.
+    # Bytes are asked for one tile ahead, and page numbers two; past the end all read page 0.
     block = tl.load(block_table + begin * TILE // PAGE, begin < end, 0)
+    page = pages + block.to(tl.int64) * page_stride + begin * TILE % PAGE // 4
+    key_words = four_words(page, four, 2 * HEADS_DIM, PAGE // 4, TILE // 4, PLANES)
+    value_words = four_words(page, four + HEADS_DIM, 2 * HEADS_DIM, PAGE // 4, TILE // 4, PLANES)
+    block = tl.load(block_table + (begin + 1) * TILE // PAGE, begin + 1 < end, 0)
     for tile in range(begin, end):
-        first = tile * TILE
-        page = pages + block.to(tl.int64) * page_stride + first % PAGE // 4
-        block = tl.load(block_table + (first + TILE) // PAGE, tile + 1 < end, 0)
-        keys = key_bytes(page, four, 2 * HEADS_DIM, PAGE // 4, TILE // 4, PLANES)
-        values = value_bytes(page, four + HEADS_DIM, 2 * HEADS_DIM, PAGE // 4, TILE // 4, PLANES)
+        keys = key_bytes(key_words, four, 2 * HEADS_DIM, PLANES)
+        page = pages + block.to(tl.int64) * page_stride + (tile + 1) * TILE % PAGE // 4
+        key_words = four_words(page, four, 2 * HEADS_DIM, PAGE // 4, TILE // 4, PLANES)
+        block = tl.load(block_table + (tile + 2) * TILE // PAGE, tile + 2 < end, 0)
         mean = tl.dot(wave, fine_halves(stacked(even, odd)))
         mean_high, mean_low = tl.split(tl.reshape(mean, (TILE, ROWS, 2)))
         products = tl.dot(keys, whole_query, tl.full((TILE, 2 * ROWS), ORIGIN_BITS, tl.int32), out_dtype=tl.int32)
         scores = whole(products) * unit[None, :] + ((mean_high + mean_low) * amplitude[None, :] + constant[None, :])
-        position = first + token
+        position = tile * TILE + token
         visible = (position[:, None] < until[None, :]) & (position > 0)[:, None]
         scores = tl.where(visible, scores, float("-inf"))
 
@@ -158,15 +186,15 @@ def attend_uniform(
         probability = tl.exp2(scores - base[None, :] + LOG2_LARGEST) + ORIGIN
         totals = totals * factor[None, :] + (probability - ORIGIN) * weight[None, :]
         shrunk *= factor
-        counts = in_order(halves(probability.to(tl.int32, bitcast=True) - ORIGIN_BITS)).to(tl.int8)
+        counts = dealt(halves(probability.to(tl.int32, bitcast=True) - ORIGIN_BITS)).to(tl.int8)
+        values = value_bytes(value_words, four + HEADS_DIM, 2 * HEADS_DIM, PLANES)
+        value_words = four_words(page, four + HEADS_DIM, 2 * HEADS_DIM, PAGE // 4, TILE // 4, PLANES)
         products = tl.dot(values, counts, tl.full((D, 2 * ROWS), ORIGIN_BITS, tl.int32), out_dtype=tl.int32)
         sums = sums * factor[None, :] + whole(products) * weight[None, :]
         even, odd = turned(even, odd, cos, sin)
 
     total = tl.sum(totals, 0)
-    # From the order of `value_bytes`.
-    sums = tl.reshape(tl.permute(tl.reshape(sums, (4, D // 4, ROWS)), (1, 0, 2)), (D, ROWS))
-    sums *= tl.load(tables.step + value_latent)[:, None]
+    sums = by_latent(sums) * tl.load(tables.step + value_latent)[:, None]
     sums += tl.load(tables.offset + value_latent)[:, None] * total[None, :]
     shrunk *= LARGEST
     return normalised(sums + sink_sums * shrunk[None, :], top, total + sink_weight * shrunk, LOG2_LARGEST)
