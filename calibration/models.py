@@ -81,6 +81,10 @@ def load_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
+        if error.args == (ATTENTION,):
+            raise KVSpliceError(
+                f"cannot compress {source}: its attention does not go through transformers' attention interface"
+            ) from error
         raise KVSpliceError(
             f"cannot load {source} as a causal language model ({_first_line(error)}); "
             "give a model directory or Hub name, or use the default: kvsplice model"
@@ -107,12 +111,12 @@ def longest_context(model: PreTrainedModel) -> int:
 def rotary_of(model: PreTrainedModel) -> Rotary | None:
     """The rotary embedding of `model`, verified on its own keys; None for a model without one.
 
-    Keys at positions shifted by s must be R(s) times the keys at the unshifted ones, in every layer, because attention
-    sees only differences of positions. That checks frequencies, pairing and partial rotation of any architecture without
-    reading its code.
+    Keys at positions shifted by s must be R(s) times the keys at the unshifted ones, because attention sees only
+    differences of positions, or in layers that do not rotate the same keys. That checks frequencies, pairing, partial
+    rotation and layers left out of any architecture without reading its code.
 
     Raises:
-        KVSpliceError: the model rotates its keys in a way this project does not describe.
+        KVSpliceError: the model rotates its keys in a way this project does not describe, or they are not finite.
 
     """
     config = model.config.get_text_config()
@@ -133,27 +137,28 @@ def rotary_of(model: PreTrainedModel) -> Rotary | None:
     shifted = _keys_at(model, tokens, positions + shift)
     if not plain:
         raise KVSpliceError(f"{type(model).__name__} has no full-attention layer whose cache could be compressed")
-    candidates = [Rotary(inv_freq, interleaved) for interleaved in (False, True)]
-    errors = [_rotation_errors(rotary, plain, shifted, shift) for rotary in candidates]
-    rotary, error = min(zip(candidates, errors, strict=True), key=lambda pair: max(pair[1].values()))
-    worst = max(error, key=lambda layer: error[layer])
-    # In this form it holds for NaN as well.
-    if not error[worst] <= _ROTATION_TOLERANCE:
+    if not all(key.isfinite().all() for key in (*plain.values(), *shifted.values())):
+        raise KVSpliceError("the model produced keys that are not finite; check that it generates sound text at all")
+    layers, at = sorted(plain), torch.full((len(positions[0]),), shift)
+    still = torch.stack([_difference(plain[layer], shifted[layer]) for layer in layers])
+    fits = []
+    for interleaved in (False, True):
+        rotary = Rotary(inv_freq, interleaved)
+        turned = torch.stack([_difference(rotary.rotate(plain[layer], at), shifted[layer]) for layer in layers])
+        skips = tuple(layer for layer, skipped in zip(layers, still < turned, strict=True) if skipped)
+        error, row = torch.minimum(still, turned).max(0)
+        fits.append((error, layers[row], Rotary(inv_freq, interleaved, skips)))
+    error, worst, rotary = min(fits, key=lambda fit: fit[0])
+    if error > _ROTATION_TOLERANCE:
         raise KVSpliceError(
             f"layer {worst} does not rotate its keys the way the model's rotary embedding says "
-            f"({type(model).__name__}, relative error {error[worst]:.2f}); this architecture is not supported"
+            f"({type(model).__name__}, relative error {error:.2f}); this architecture is not supported"
         )
-    return rotary
+    return rotary if len(rotary.skips) < len(layers) else None
 
 
-def _rotation_errors(
-    rotary: Rotary, plain: dict[int, Tensor], shifted: dict[int, Tensor], shift: int
-) -> dict[int, float]:
-    """Relative error of each layer's keys moved by `shift` positions."""
-    return {
-        layer: float((rotary.rotate(key, torch.full((key.shape[-2],), shift)) - shifted[layer]).norm() / key.norm())
-        for layer, key in plain.items()
-    }
+def _difference(found: Tensor, expected: Tensor) -> Tensor:
+    return (found - expected).norm() / expected.norm()
 
 
 def _inverse_frequencies(model: PreTrainedModel) -> Tensor | None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -115,7 +115,7 @@ def collect(
         progress: called after every window.
 
     Raises:
-        KVSpliceError: a measurement is not finite.
+        KVSpliceError: no layer's attention can be reached, or a measurement is not finite.
 
     """
     generator = torch.Generator().manual_seed(seed)
@@ -130,16 +130,21 @@ def collect(
             if layer not in sums:
                 sums[layer] = (_Running.like(key), _Running.like(value))
             key_sums, value_sums = sums[layer]
-            key_sums.add(key, ordinary, chosen, rotary)
+            key_sums.add(key, ordinary, chosen, rotary and rotary.at(layer))
             value_sums.add(value, ordinary, chosen, None)
         progress()
+    if not sums:
+        raise KVSpliceError(
+            f"{type(model).__name__} has no full attention that goes through transformers' attention interface, "
+            "so there is nothing that could be compressed"
+        )
     count = len(windows) * len(ordinary)
     sinks = _sinks(model, windows, generator)
     layers = tuple(sorted(sums))
     positions = torch.cat(sampled_at)
     kinds = [_finish([sums[i][k] for i in layers], [sinks[i][k] for i in layers], count) for k in (0, 1)]
-    _subtract_mean(kinds[0], positions, rotary)
-    _subtract_mean(kinds[1], positions, None)
+    _subtract_mean(kinds[0], positions, [rotary and rotary.at(layer) for layer in layers])
+    _subtract_mean(kinds[1], positions, [None] * len(layers))
     return Statistics(layers, kinds[0], kinds[1], positions, windows.numel())
 
 
@@ -217,13 +222,13 @@ def _weights(gradients: Tensor, fisher: Tensor) -> Tensor:
     return felt / felt.mean(-1, keepdim=True).clamp_min(1e-30)
 
 
-def _subtract_mean(statistics: KindStatistics, positions: Tensor, rotary: Rotary | None) -> None:
+def _subtract_mean(statistics: KindStatistics, positions: Tensor, rotations: Sequence[Rotary | None]) -> None:
     """Turn raw samples into residuals, layer by layer so that no second copy of all samples exists."""
     residual = torch.empty(statistics.residual.shape, dtype=torch.float16)
-    for layer, mean in enumerate(statistics.mean):
+    for row, (mean, rotary) in enumerate(zip(statistics.mean, rotations, strict=True)):
         offset = mean[:, None].expand(-1, len(positions), -1)
         offset = rotary.rotate(offset, positions) if rotary else offset
-        residual[layer] = statistics.residual[layer].float() - offset
+        residual[row] = statistics.residual[row].float() - offset
     statistics.residual = residual
 
 

@@ -124,7 +124,7 @@ class Study:
         return make_artifact(
             Manifest(
                 model=self.shape,
-                rotary=RotaryShape(pairs=len(rotary.inv_freq), interleaved=rotary.interleaved) if rotary else None,
+                rotary=_shape(rotary) if rotary else None,
                 layers=_layer_plans(plan, self.layers, self.shape.num_layers),
                 provenance=_provenance(self, plan),
                 quality=None,
@@ -220,6 +220,10 @@ def _with_own_text(model: PreTrainedModel, windows: Tensor, count: int, seed: in
         return windows
     with console.status("Listening to what the model says"):
         return torch.cat((windows, own_text(model, count, windows.shape[1], seed)))
+
+
+def _shape(rotary: Rotary) -> RotaryShape:
+    return RotaryShape(pairs=len(rotary.inv_freq), interleaved=rotary.interleaved, skips=rotary.skips)
 
 
 def _layer_plans(plan: Plan, layers: tuple[int, ...], num_layers: int) -> tuple[LayerPlan | None, ...]:

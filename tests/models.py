@@ -40,7 +40,8 @@ OMITTED = object()
 class Family(NamedTuple):
     """An architecture: its configuration class, its own settings, and what calibration must find out about it.
 
-    `pairs` of dimensions are rotated (0: none), `interleaved` or not; layers in `sliding` keep their dense cache.
+    `pairs` of dimensions are rotated (0: none), `interleaved` or not, but in layers `unrotated`; layers in `sliding` keep
+    their dense cache.
     """
 
     config: str
@@ -48,6 +49,7 @@ class Family(NamedTuple):
     pairs: int = 16
     interleaved: bool = False
     sliding: tuple[int, ...] = ()
+    unrotated: tuple[int, ...] = ()
 
 
 FAMILIES = {
@@ -68,6 +70,13 @@ FAMILIES = {
             "sliding_window": 24,
             "layer_types": ["sliding_attention", "full_attention", "full_attention"],
         },
+        sliding=(0,),
+    ),
+    "smollm3": Family("SmolLM3Config", {"no_rope_layers": [1, 0, 1]}, unrotated=(1,)),
+    "cohere2": Family(
+        "Cohere2Config",
+        {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+        pairs=0,
         sliding=(0,),
     ),
 }

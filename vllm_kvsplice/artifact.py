@@ -40,6 +40,7 @@ HEADER_LIMIT = 1 << 20
 BASELINE_BITS = 16
 
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
+Index = Annotated[int, Field(ge=0, lt=1 << 20)]
 Width = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
 
 
@@ -81,10 +82,11 @@ class ModelShape(_Strict):
 
 
 class RotaryShape(_Strict):
-    """Number of rotated pairs of dimensions and how they are paired (see `vllm_kvsplice.rotary`)."""
+    """Number of rotated pairs of dimensions, how they are paired, and layers left out (see `vllm_kvsplice.rotary`)."""
 
     pairs: Count
     interleaved: bool
+    skips: tuple[Index, ...] = ()
 
 
 class LayerPlan(_Strict):
@@ -179,7 +181,7 @@ class Artifact:
     @cached_property
     def rotary(self) -> Rotary | None:
         shape = self.manifest.rotary
-        return Rotary(self.tensors["rotary.inv_freq"], shape.interleaved) if shape else None
+        return Rotary(self.tensors["rotary.inv_freq"], shape.interleaved, shape.skips) if shape else None
 
     def layer(self, index: int) -> LayerCodec:
         """Codec of the model's layer `index`, which must be a compressed one."""
@@ -197,7 +199,7 @@ class Artifact:
             )
             for kind in ("key", "value")
         ]
-        return LayerCodec(kinds[0], kinds[1], plan.layout, self.rotary)
+        return LayerCodec(kinds[0], kinds[1], plan.layout, self.rotary and self.rotary.at(index))
 
     @cached_property
     def codecs(self) -> dict[int, LayerCodec]:
@@ -439,8 +441,11 @@ def _check_plan(manifest: Manifest) -> None:
         raise ArtifactError(f"it plans {len(manifest.layers)} layers, the model has {shape.num_layers}")
     if not any(manifest.layers):
         raise ArtifactError(f"none of its {shape.num_layers} layers is compressed")
-    if manifest.rotary and 2 * manifest.rotary.pairs > shape.head_dim:
-        raise ArtifactError(f"{manifest.rotary.pairs} rotary pairs do not fit {shape.head_dim} dimensions")
+    if rotary := manifest.rotary:
+        if 2 * rotary.pairs > shape.head_dim:
+            raise ArtifactError(f"{rotary.pairs} rotary pairs do not fit {shape.head_dim} dimensions")
+        if list(rotary.skips) != sorted(set(rotary.skips) & set(range(shape.num_layers))):
+            raise ArtifactError(f"its rotation skips layers {list(rotary.skips)} of {shape.num_layers}")
     for index, layer in enumerate(manifest.layers):
         for kind in ("key", "value"):
             heads = getattr(layer, kind) if layer else ()

@@ -20,11 +20,13 @@ class Rotary:
     Attributes:
         inv_freq: radians per position, float32 [F].
         interleaved: True pairs dimensions (2i, 2i+1) as GPT-J does, False pairs (i, i+F) as Llama does.
+        skips: the model's layers whose keys are not rotated (NoPE, arXiv:2501.18795).
 
     """
 
     inv_freq: Tensor
     interleaved: bool = False
+    skips: tuple[int, ...] = ()
     _cos: Tensor = field(init=False, repr=False)
     _sin: Tensor = field(init=False, repr=False)
 
@@ -32,7 +34,11 @@ class Rotary:
         self._cos = self._sin = self.inv_freq.new_empty(0, len(self.inv_freq))
 
     def to(self, device: torch.device) -> "Rotary":
-        return Rotary(self.inv_freq.to(device), self.interleaved)
+        return Rotary(self.inv_freq.to(device), self.interleaved, self.skips)
+
+    def at(self, layer: int) -> "Rotary | None":
+        """The rotation of the keys of `layer`, None where they are not rotated."""
+        return None if layer in self.skips else self
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """R(positions) x.

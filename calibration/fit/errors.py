@@ -31,7 +31,7 @@ def head_errors(artifact: Artifact, statistics: Statistics) -> pandas.DataFrame:
     for row, layer in enumerate(artifact.compressed_layers):
         residuals = [kind.residual[row][:, chosen].float() for kind in (statistics.key, statistics.value)]
         offsets = (
-            _offset(statistics.key, row, positions, artifact.rotary),
+            _offset(statistics.key, row, positions, artifact.rotary and artifact.rotary.at(layer)),
             _offset(statistics.value, row, positions, None),
         )
         exact = [u + offset for u, offset in zip(residuals, offsets, strict=True)]

@@ -105,7 +105,7 @@ class TrainableCodec(nn.Module):
         if layer not in self._kinds:
             return key, value
         keys, values = self._kinds[layer]
-        return _read(keys, key, self._rotary), _read(values, value, None)
+        return _read(keys, key, self._rotary and self._rotary.at(layer)), _read(values, value, None)
 
     @torch.no_grad()
     def fitted(self) -> FittedCodec:

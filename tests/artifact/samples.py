@@ -63,7 +63,7 @@ def sample(rotary: bool = True, layers: tuple[LayerPlan | None, ...] = (WIDE, No
     """A valid artifact with random tensors."""
     manifest = Manifest(
         model=SHAPE.model_copy(update={"num_layers": len(layers)} | ({} if rotary else {"rope": "null"})),
-        rotary=RotaryShape(pairs=8, interleaved=False) if rotary else None,
+        rotary=RotaryShape(pairs=8, interleaved=False, skips=(len(layers) - 1,)) if rotary else None,
         layers=layers,
         provenance=PROVENANCE,
         quality=QUALITY,

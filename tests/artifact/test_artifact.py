@@ -198,6 +198,8 @@ def test_rotation_follows_the_manifest(rotary: bool, interleaved: bool | None) -
         artifact = make_artifact(artifact.manifest.model_copy(update={"rotary": shape}), artifact.tensors)
         assert artifact.layer(0).rotary.interleaved is interleaved
         assert torch.equal(artifact.layer(0).rotary.inv_freq, artifact.tensors["rotary.inv_freq"])
+        assert shape.skips == (2,)
+        assert artifact.layer(2).rotary is None
     else:
         assert artifact.layer(0).rotary is None
 

@@ -163,6 +163,12 @@ MANIFEST_VALUES = [
     ("rotary.pairs", 4, "rotary.inv_freq"),
     ("rotary.pairs", 1 << 40, "rotary.pairs"),
     ("rotary.interleaved", 0, "rotary.interleaved"),
+    ("rotary.skips", 1, "rotary.skips"),
+    ("rotary.skips", [-1], "rotary.skips"),
+    ("rotary.skips", [True], "rotary.skips"),
+    ("rotary.skips", [0, 3], "skips layers [0, 3] of 3"),
+    ("rotary.skips", [1, 0], "skips layers"),
+    ("rotary.skips", [1, 1], "skips layers"),
     ("rotary.interleaved", "false", "rotary.interleaved"),
     ("layers", [], "0 layers"),
     ("layers", None, "layers"),
@@ -341,7 +347,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
         f"without {'.'.join(path)}": (drop(path), path[-1])
         for path in nodes(Draft(GOOD).manifest)
         if all(isinstance(key, str) for key in path)
-        and path not in {("tensors_sha256",), ("provenance", "versions", "torch")}
+        and path not in {("tensors_sha256",), ("provenance", "versions", "torch"), ("rotary", "skips")}
     },
     **{f"manifest: {name}": case for name, case in MANIFEST_TEXTS.items()},
     **{f"tensors: {name}": case for name, case in TENSOR_FILES.items()},

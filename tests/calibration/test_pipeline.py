@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import BloomConfig, BloomForCausalLM
 
 from calibration import study
 from calibration.attention import AS_STORED, Reading, tapped
@@ -15,7 +16,7 @@ from calibration.models import load_model
 from calibration.pipeline import calibrate
 from calibration.recipe import CalibrationConfig, read_config
 from calibration.text import token_windows
-from tests.models import FAMILIES, TEXT, tiny_model
+from tests.models import FAMILIES, TEXT, tiny_model, tiny_tokenizer
 from vllm_kvsplice.artifact import Artifact, load_artifact
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.layout import TOKEN_ALIGNMENT
@@ -120,6 +121,7 @@ class TestEveryFamily:
         family, rotary = FAMILIES[calibrated.family], artifact.manifest.rotary
         assert (rotary.pairs if rotary else 0) == family.pairs
         assert (rotary.interleaved if rotary else False) == family.interleaved
+        assert (rotary.skips if rotary else ()) == family.unrotated
 
     def test_modes_differ_by_position_0_alone(self, calibrated):
         model, tokenizer = load_model(str(calibrated.model), torch.float32)
@@ -275,6 +277,13 @@ class TestRefusals:
         model = tiny_model("llama", tmp_path / "model", head_dim=20)
         with pytest.raises(KVSpliceError, match="head size 20"):
             calibrate(str(model), tmp_path / "out", recipe)
+
+    def test_attention_that_cannot_be_reached(self, recipe, tmp_path):
+        config = BloomConfig(vocab_size=512, hidden_size=64, n_layer=1, n_head=2)
+        BloomForCausalLM(config).save_pretrained(tmp_path / "model")
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+        with pytest.raises(KVSpliceError, match="attention interface"):
+            calibrate(str(tmp_path / "model"), tmp_path / "out", recipe)
 
     def test_weights_that_are_not_numbers(self, llama, recipe, tmp_path):
         weights = load_file(llama / "model.safetensors")

@@ -52,7 +52,8 @@ def worst_drift(model: PreTrainedModel, rotary: Rotary) -> float:
 
     with torch.no_grad(), tapped(model, keep):
         model(torch.full((1, POSITIONS), 300), use_cache=False)
-    plain = [rotary.unrotate(key, torch.arange(POSITIONS)) for key in keys.values()]
+    turned = {layer: rotary.at(layer) for layer in keys}
+    plain = [r.unrotate(keys[i], torch.arange(POSITIONS)) if r else keys[i] for i, r in turned.items()]
     return max(float((x - x[:, :1]).norm(dim=-1).max() / x.norm(dim=-1).mean()) for x in plain)
 
 
@@ -60,7 +61,8 @@ def worst_drift(model: PreTrainedModel, rotary: Rotary) -> float:
 def test_rotary_of_every_family_undoes_its_rotation_at_every_position(family, tmp_path):
     model = load(family, tmp_path)
     rotary = rotary_of(model)
-    assert (len(rotary.inv_freq), rotary.interleaved) == (FAMILIES[family].pairs, FAMILIES[family].interleaved)
+    made = FAMILIES[family]
+    assert (len(rotary.inv_freq), rotary.interleaved, rotary.skips) == (made.pairs, made.interleaved, made.unrotated)
     assert worst_drift(model, rotary) < 1e-3
 
 
@@ -103,18 +105,23 @@ def test_model_that_rotates_by_other_frequencies_than_it_names_is_refused(lie, t
         rotary_of(model)
 
 
-def test_model_without_rotation_in_some_layers_is_refused(tmp_path):
+def test_layer_that_rotates_by_other_frequencies_than_the_rest_is_refused(tmp_path):
     model = load("llama", tmp_path)
     attention = model.model.layers[1].self_attn
     original = attention.forward
 
-    def unrotated(*args, position_embeddings, **options):
+    def conjugate(*args, position_embeddings, **options):
         cos, sin = position_embeddings
-        return original(*args, position_embeddings=(torch.ones_like(cos), torch.zeros_like(sin)), **options)
+        return original(*args, position_embeddings=(cos, -sin), **options)
 
-    attention.forward = unrotated
+    attention.forward = conjugate
     with pytest.raises(KVSpliceError, match="layer 1 does not rotate"):
         rotary_of(model)
+
+
+def test_rotation_that_no_layer_takes_part_in_is_none(tmp_path):
+    # Its full-attention layers do not rotate, those with a window do.
+    assert rotary_of(load("cohere2", tmp_path)) is None
 
 
 def test_model_with_nothing_but_sliding_windows_is_refused(tmp_path):
@@ -127,7 +134,7 @@ def test_model_with_attention_of_its_own_making_is_refused_when_loaded(tmp_path)
     config = GPTJConfig(vocab_size=512, n_embd=64, n_layer=1, n_head=2, n_positions=64, rotary_dim=16)
     GPTJForCausalLM(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(KVSpliceError, match="cannot"):
+    with pytest.raises(KVSpliceError, match="attention interface"):
         load_model(str(tmp_path), torch.float32)
 
 

@@ -25,9 +25,13 @@ CASES = {
     "gpt2": EAGER,
     "glm4": EAGER,
     "gemma3": EAGER,
-    "mistral": (*EAGER, "--tensor-parallel-size", "2"),
+    "smollm3": (*EAGER, "--tensor-parallel-size", "2"),
 }
-NAMES = {"llama": "llama, compiled", "gemma3": "gemma3, sliding layers stock", "mistral": "mistral, two ranks"}
+NAMES = {
+    "llama": "llama, compiled",
+    "gemma3": "gemma3, sliding layers stock",
+    "smollm3": "smollm3, a layer without rotation, two ranks",
+}
 
 
 @pytest.fixture(scope="module")
