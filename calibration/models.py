@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -80,7 +81,7 @@ def load_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         if error.args == (ATTENTION,):
             raise KVSpliceError(
                 f"cannot compress {source}: its attention does not go through transformers' attention interface"
@@ -106,6 +107,12 @@ def fast_dtype() -> torch.dtype:
 def longest_context(model: PreTrainedModel) -> int:
     """Tokens that `model` can read at once; a large number where its configuration sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+
+
+def check_context(model: PreTrainedModel, context: int) -> None:
+    """Raise `KVSpliceError` if windows of so many tokens are longer than what `model` reads."""
+    if context > (longest := longest_context(model)):
+        raise KVSpliceError(f"windows of {context} tokens exceed the {longest} the model reads; lower --context")
 
 
 def rotary_of(model: PreTrainedModel) -> Rotary | None:

@@ -11,7 +11,7 @@ from calibration.evaluate import Evaluation, Mode, compressing_tap, evaluate
 from calibration.fit import FittedCodec
 from calibration.fit.errors import error_table, head_errors
 from calibration.fit.finetune import Schedule, finetune
-from calibration.models import Source, load_model, short_name
+from calibration.models import Source, check_context, load_model, short_name
 from calibration.plan import Plan, plan_budget
 from calibration.planners import make_plan
 from calibration.planners.files import PlanFile, describe
@@ -20,6 +20,7 @@ from calibration.progress import console, steps
 from calibration.recipe import CalibrationConfig
 from calibration.study import Study, study
 from vllm_kvsplice.artifact import Artifact, Quality, save_artifact
+from vllm_kvsplice.errors import KVSpliceError
 
 
 def choose(measured: Study) -> Plan:
@@ -165,9 +166,20 @@ def judge(
     description: str,
     reading: Reading = AS_STORED,
 ) -> Evaluation:
-    """Evaluate `artifact` on token ids [W, T] with a progress bar; raises `ArtifactError` if it is another model's."""
+    """Evaluate `artifact` on token ids [W, T] with a progress bar.
+
+    Raises:
+        KVSpliceError: the artifact is another model's, windows are too long for it, or what it says is not finite.
+
+    """
     model, _ = load_model(source, torch.float32)
     artifact.check_model(model.config)
+    check_context(model, windows.shape[1])
     codecs = {index: codec.to(model.device) for index, codec in artifact.codecs.items()}
     with steps(description, len(windows)) as progress:
-        return evaluate(model, compressing_tap(codecs, mode), windows, progress, reading)
+        found = evaluate(model, compressing_tap(codecs, mode), windows, progress, reading)
+    if not math.isfinite(found.ppl):
+        raise KVSpliceError(
+            f"the model's perplexity is {found.baseline_ppl}, and {found.ppl} with its cache compressed"
+        )
+    return found

@@ -15,7 +15,7 @@ from calibration.fim.attention import WINDOWS as FIM_WINDOWS
 from calibration.fim.attention import attention_spectra, by_head
 from calibration.fim.runs import read_runs
 from calibration.fit import FitByHead, FittedCodec
-from calibration.models import Source, fast_dtype, load_model, longest_context, rotary_of, short_name
+from calibration.models import Source, check_context, fast_dtype, load_model, longest_context, rotary_of, short_name
 from calibration.plan import Plan, budget_for_bits
 from calibration.planners import Evidence
 from calibration.planners.tiers import Metrics
@@ -167,10 +167,8 @@ def study(source: Source, config: CalibrationConfig, statistics_file: Path | Non
     shape = ModelShape.of(model.config)
     if shape.head_dim % GROUP:
         raise KVSpliceError(f"head size {shape.head_dim} is not a multiple of {GROUP} and cannot be compressed")
-    longest = longest_context(model)
-    context = config.context or min(DEFAULT_CONTEXT, longest)
-    if context > longest:
-        raise KVSpliceError(f"windows of {context} tokens exceed the {longest} the model reads; lower --context")
+    context = config.context or min(DEFAULT_CONTEXT, longest_context(model))
+    check_context(model, context)
     rotary = rotary_of(model)
     count = max(1, config.tokens // context)
     windows = calibration_windows(tokenizer, corpus.fit, count - corpus.own(count), context)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,54 @@ def test_figures_name_what_they_were_measured_on(folder: Path) -> None:
 def test_an_exact_prompt_must_leave_something_to_judge(folder: Path) -> None:
     with pytest.raises(KVSpliceError, match="--exact-prompt 48 leaves nothing to judge of windows of 48"):
         judge(folder, "--exact-prompt", 48)
+
+
+def test_windows_longer_than_the_model_reads_are_refused(folder: Path) -> None:
+    with pytest.raises(KVSpliceError, match="windows of 1024 tokens exceed the 512 the model reads; lower --context"):
+        run("eval", folder / "model", folder / "artifact", "--text", folder / "text.txt", "--windows", 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("text.txt/x", "is no directory that can be written to"), (".", "is a directory; name a file")],
+)
+@pytest.mark.parametrize(
+    "command", [("eval", "M", "A", "--json"), ("plan", "M", "--out"), ("calibrate", "M", "--out", "made", "--errors")]
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_read(folder: Path, command, place, message) -> None:
+    # There is no model M.
+    with pytest.raises(KVSpliceError, match=message):
+        run(*command, folder / place, "--text", folder / "text.txt")
+
+
+class TestServe:
+    """What is handed on to vLLM, which is not started."""
+
+    @pytest.mark.parametrize(
+        ("options", "section"),
+        [
+            ((), {}),
+            (("--additional-config", '{"kvsplice": {"recent_window": 0}}'), {"recent_window": 0}),
+            (("--additional-config.kvsplice.recent_window", "64"), {"recent_window": 64}),
+            (("--additional_config.kvsplice.engine=reference",), {"engine": "reference"}),
+        ],
+    )
+    def test_settings_reach_vllm_beside_the_artifact(self, folder: Path, options, section, monkeypatch) -> None:
+        monkeypatch.setattr("vllm.entrypoints.cli.main.main", lambda: None)
+        monkeypatch.setattr("sys.argv", ["kvsplice"])
+        run("serve", folder / "model", folder / "artifact", *options, "--port", 1)
+        given = sys.argv[sys.argv.index("--additional-config") + 1]
+        assert json.loads(given)["kvsplice"] == section | {"artifact": str(folder / "artifact")}
+        assert sys.argv[-2:] == ["--port", "1"]
+
+    @pytest.mark.parametrize("given", ["[]", "{", '{"kvsplice": null}'])
+    def test_settings_that_are_no_object_are_refused(self, folder: Path, given: str) -> None:
+        with pytest.raises(KVSpliceError, match=r"--additional-config .* is not a JSON object"):
+            run("serve", folder / "model", folder / "artifact", "--additional-config", given)
+
+    def test_options_before_the_model_are_refused(self, folder: Path) -> None:
+        with pytest.raises(KVSpliceError, match="give MODEL before options such as --port"):
+            run("serve", "--port", 1, folder / "model", folder / "artifact")
 
 
 class TestPlanning:

@@ -13,7 +13,7 @@ from rich.text import Text
 from vllm_kvsplice import __version__
 from vllm_kvsplice.commands import analysis, recipes
 from vllm_kvsplice.commands.compare import compare
-from vllm_kvsplice.commands.options import ArtifactDir, Model
+from vllm_kvsplice.commands.options import ArtifactDir, Model, output
 from vllm_kvsplice.commands.printing import console, print_summary, print_width_map
 from vllm_kvsplice.errors import KVSpliceError
 
@@ -67,7 +67,9 @@ def evaluate(
     exact_prompt: Annotated[
         int, typer.Option(help="Read this many first tokens exactly among themselves; judge what follows.", min=0)
     ] = 0,
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the figures here as well.")] = None,
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", help="Write the figures here as well.", callback=output)
+    ] = None,
 ) -> None:
     """Perplexity of a model without and with its cache compressed (every attended key and value read as stored).
 
@@ -87,7 +89,7 @@ def evaluate(
     content = read_text(text)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise KVSpliceError(f"cannot load the tokenizer of {model}; give a model directory or Hub name") from error
     tokens = token_windows(tokenizer, content, windows, context)
     if exact_prompt >= context:
@@ -188,6 +190,8 @@ def serve(
     from vllm_kvsplice.hub import locate_artifact
 
     extra = list(context.args)
+    if model.startswith("-"):
+        raise KVSpliceError(f"give MODEL before options such as {model}")
     if artifact is not None and artifact.startswith("-"):
         extra, artifact = [artifact, *extra], None
     directory = locate_artifact(artifact, model).absolute()
@@ -208,21 +212,42 @@ def serve(
 
 
 def _merged_config(extra: list[str], section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The user's own ``--additional-config`` with our section in it, and the options without it."""
+    """The user's own ``--additional-config`` with our section in it, and the options without it.
+
+    Like vLLM, it takes parts of it as well: ``--additional-config.kvsplice.recent_window 64``.
+    """
     rest, given = [], "{}"
+    parts: list[tuple[list[str], str]] = []
     arguments = iter(extra)
     for argument in arguments:
         name, _, value = argument.partition("=")
-        if name in ("--additional-config", "--additional_config"):
-            given = value or next(arguments, "{}")
-        else:
+        option, *path = name.split(".")
+        if option not in ("--additional-config", "--additional_config"):
             rest.append(argument)
+        elif path:
+            parts.append((path, value or next(arguments, "")))
+        else:
+            given = value or next(arguments, "{}")
     try:
         options = json.loads(given)
+        for path, value in parts:
+            at = options
+            for name in path[:-1]:
+                at = at.setdefault(name, {})
+            at[path[-1]] = _value(value)
         merged = options | {"kvsplice": options.get("kvsplice", {}) | section}
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise KVSpliceError(f"--additional-config {given} is not a JSON object") from error
+        raise KVSpliceError(
+            f"--additional-config {given} is not a JSON object, or something in it that should be one is not"
+        ) from error
     return merged, rest
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _version(wanted: bool) -> None:

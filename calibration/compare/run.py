@@ -11,7 +11,7 @@ from calibration.compare.harness import Row, compare
 from calibration.compare.methods import KVSplice, Method
 from calibration.compare.peers import PEERS, rank_peers
 from calibration.compare.spline_first import spline_first
-from calibration.models import load_model, longest_context
+from calibration.models import check_context, load_model
 from calibration.plan import plan_budget
 from calibration.progress import steps
 from calibration.recipe import CalibrationConfig
@@ -63,10 +63,7 @@ def run(settings: Settings) -> Iterator[Row]:
     content = read_text(settings.text)
     given = [(path.name, load_artifact(path)) for path in settings.artifacts]
     model, tokenizer = load_model(settings.model, torch.float32)
-    if settings.context > longest_context(model):
-        raise KVSpliceError(
-            f"windows of {settings.context} tokens exceed the {longest_context(model)} the model reads; lower --context"
-        )
+    check_context(model, settings.context)
     windows = token_windows(tokenizer, content, settings.windows, settings.context)
     for _, artifact in given:
         artifact.check_model(model.config)

@@ -18,7 +18,13 @@ WandbRun = Annotated[Optional[str], typer.Option(help="Log all of it to this W&B
 
 
 def fim(
-    out: Annotated[Path, typer.Option(help="Directory for fim_metrics_NAME.json, fim_summary_NAME.csv and fim.txt.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Directory for fim_metrics_NAME.json, fim_summary_NAME.csv and fim.txt.",
+            callback=options.output_directory,
+        ),
+    ],
     model: Annotated[Optional[str], typer.Argument(help="Model directory or Hub name.", metavar="[MODEL]")] = None,
     name: Annotated[Optional[str], typer.Option(help="Of the files, and of the run.  [default: the model's]")] = None,
     imports: Annotated[
@@ -75,7 +81,9 @@ def _measured(model: str, name: str | None, statistics: Path | None, **settings:
 
 
 def report(
-    out: Annotated[Path, typer.Option(help="The page, one HTML file that needs nothing else.")],
+    out: Annotated[
+        Path, typer.Option(help="The page, one HTML file that needs nothing else.", callback=options.output)
+    ],
     fim: Annotated[Optional[Path], typer.Option(help="FIM metrics that kvsplice fim wrote.")] = None,
     plan: Annotated[Optional[Path], typer.Option(help="A plan that kvsplice plan wrote.")] = None,
     artifact: Annotated[

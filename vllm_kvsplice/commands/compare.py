@@ -29,10 +29,18 @@ def compare(
     recent: Annotated[int, typer.Option(help="Exact window of every method that has none of its own.", min=0)] = 0,
     tokens: options.Tokens = None,
     statistics: options.Statistics = None,
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the rows here, after each one.")] = None,
-    csv_file: Annotated[Optional[Path], typer.Option("--csv", help="Write the rows here, after each one.")] = None,
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", help="Write the rows here, after each one.", callback=options.output)
+    ] = None,
+    csv_file: Annotated[
+        Optional[Path], typer.Option("--csv", help="Write the rows here, after each one.", callback=options.output)
+    ] = None,
     plot: Annotated[
-        Optional[Path], typer.Option(help="Draw rate and quality: FILE.png, FILE.html, or a directory for both.")
+        Optional[Path],
+        typer.Option(
+            help="Draw rate and quality: FILE.png, FILE.html, or a directory for both.",
+            callback=options.output_directory,
+        ),
     ] = None,
 ) -> None:
     """Perplexity and honest bits of other ways to store a cache, beside ours (docs/comparison.md says how each is read).

@@ -1,10 +1,31 @@
 """Arguments and options that several commands have."""
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+
+from vllm_kvsplice.errors import KVSpliceError
+
+
+def output(path: Path | None) -> Path | None:
+    """A file that will be written: refused before any work where it cannot be, which a directory never is."""
+    if path and path.is_dir():
+        raise KVSpliceError(f"{path} is a directory; name a file in it")
+    return output_directory(path)
+
+
+def output_directory(path: Path | None) -> Path | None:
+    """A file or directory that will be written, refused before any work where nothing can be made."""
+    if path:
+        above = next(p for p in path.absolute().parents if p.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise KVSpliceError(
+                f"cannot write {path}: {above} is no directory that can be written to; name another place"
+            )
+    return path
 
 
 class Fit(StrEnum):
@@ -54,7 +75,8 @@ Finetune = Annotated[
 ]
 Steps = Annotated[Optional[int], typer.Option(help="Of --finetune.  [default: 300]")]
 Errors = Annotated[
-    Optional[Path], typer.Option(help="Write every head's errors before and after training here, as CSV.")
+    Optional[Path],
+    typer.Option(help="Write every head's errors before and after training here, as CSV.", callback=output),
 ]
 PlanJson = Annotated[
     Optional[Path], typer.Option("--plan", help="A plan of kvsplice plan, or one written by hand (configs/README.md).")
@@ -64,5 +86,6 @@ Recipe = Annotated[Optional[Path], typer.Option(help="A recipe like those in con
 Context = Annotated[Optional[int], typer.Option(help="Tokens per window of text.  [default: 1024]")]
 Seed = Annotated[Optional[int], typer.Option(help="Seed of all sampling.  [default: 0]")]
 Statistics = Annotated[
-    Optional[Path], typer.Option(help="Keep the measurements in this file, and use them again if they still fit.")
+    Optional[Path],
+    typer.Option(help="Keep the measurements in this file, and use them again if they still fit.", callback=output),
 ]

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 def calibrate(
     model: options.Model,
-    out: Annotated[Path, typer.Option(help="Directory of the artifact; an artifact there is replaced.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Directory of the artifact; an artifact there is replaced.", callback=options.output_directory
+        ),
+    ],
     text: options.Text = None,
     tokens: options.Tokens = None,
     bits: options.Bits = None,
@@ -58,7 +63,9 @@ def calibrate(
 
 def plan(
     model: options.Model,
-    out: Annotated[Optional[Path], typer.Option(help="Write the plan here, as JSON for calibrate --plan.")] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="Write the plan here, as JSON for calibrate --plan.", callback=options.output)
+    ] = None,
     text: options.Text = None,
     tokens: options.Tokens = None,
     bits: options.Bits = None,

@@ -63,7 +63,7 @@ class CompressedKVModelWrapper:
 
 
 def calibrate_kv_compressor(
-    model: PreTrainedModel | str,
+    model: PreTrainedModel | Path | str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     out: Path | str | None = None,
@@ -85,8 +85,8 @@ def calibrate_kv_compressor(
     from calibration.recipe import read_config
 
     config = read_config(None, **recipe)
-    if isinstance(model, str):
-        artifact = make(model, config)
+    if isinstance(model, Path | str):
+        artifact = make(str(model), config)
     else:
         with _measurable(model):
             artifact = make((model, tokenizer or _tokenizer_of(model)), config)

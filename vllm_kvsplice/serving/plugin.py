@@ -141,8 +141,8 @@ def _refusals(vllm_config: VllmConfig, settings: Settings, artifact: Artifact) -
             "speculative decoding is not supported, drop --speculative-config",
         ),
         (
-            vllm_config.kv_transfer_config is not None,
-            "KV connectors and offloading are not supported, drop --kv-transfer-config",
+            vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
+            "KV connectors and offloading are not supported, drop --kv-transfer-config and --kv-offloading-size",
         ),
         (
             cache.cache_dtype not in ("auto", "bfloat16", "float16"),

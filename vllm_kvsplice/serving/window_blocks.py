@@ -111,7 +111,8 @@ class WindowSpec(SlidingWindowSpec):
 
         vLLM would add the tokens of a whole step to each sequence, and these never have a place here.
         """
-        return self.window_blocks * self.page_size_bytes
+        longest = cdiv(vllm_config.model_config.max_model_len, self.block_size)
+        return min(self.window_blocks, longest) * self.page_size_bytes
 
 
 class WindowManager(SlidingWindowManager):
