@@ -192,4 +192,4 @@ def _keys_at(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> dict[
 def short_name(source: Source) -> str:
     """A path on the machine that calibrated means nothing elsewhere."""
     model = source if isinstance(source, str) else source[0].name_or_path or type(source[0]).__name__
-    return Path(model).name if Path(model).exists() else model
+    return Path(model).resolve().name if Path(model).exists() else model

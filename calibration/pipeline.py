@@ -12,7 +12,7 @@ from calibration.fit import FittedCodec
 from calibration.fit.errors import error_table, head_errors
 from calibration.fit.finetune import Schedule, finetune
 from calibration.models import Source, check_context, load_model, short_name
-from calibration.plan import Plan, plan_budget
+from calibration.plan import Plan, budget_range, plan_budget
 from calibration.planners import make_plan
 from calibration.planners.files import PlanFile, describe
 from calibration.planners.search import CURVE_BITS, search_bits
@@ -30,8 +30,14 @@ def choose(measured: Study) -> Plan:
         return _cheapest(measured, config.max_ppl_increase / 100)
     budget = measured.budget_for(config.bits) if config.bits is not None else config.budget
     if config.budget is not None:
-        shape = measured.shape
-        budget = config.budget - measured.dense_layers * 4 * shape.num_kv_heads * shape.head_dim
+        dense = measured.dense_bytes
+        least, most = budget_range(measured.evidence.distortion)
+        budget = config.budget - dense
+        if dense and not least <= budget <= most:
+            raise KVSpliceError(
+                f"a budget of {config.budget} bytes per token is outside {least + dense}..{most + dense}, of which layers "
+                f"that stay dense take {dense}; choose another --budget"
+            )
     return make_plan(measured.evidence, config, budget)
 
 
@@ -66,9 +72,10 @@ def plan(source: Source, config: CalibrationConfig, statistics_file: Path | None
 
 def described(measured: Study, chosen: Plan) -> PlanFile:
     """`chosen` with what to expect of it and of other sizes."""
-    dense = measured.dense_layers * 4 * measured.shape.num_kv_heads * measured.shape.head_dim
-    plans = [plan_budget(measured.evidence.distortion, measured.budget_for(bits)) for bits in CURVE_BITS]
-    curve = [(p.bytes_per_token + dense, p.expected_increase) for p in plans]
+    least, most = budget_range(measured.evidence.distortion)
+    budgets = [budget for bits in CURVE_BITS if least <= (budget := measured.budget_for(bits)) <= most]
+    plans = [plan_budget(measured.evidence.distortion, budget) for budget in budgets]
+    curve = [(p.bytes_per_token + measured.dense_bytes, p.expected_increase) for p in plans]
     return describe(chosen, measured.layers, short_name(measured.source), measured.dense_layers, curve)
 
 

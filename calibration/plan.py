@@ -18,6 +18,10 @@ from vllm_kvsplice.layout import GROUP, MAX_WIDTH, TOKEN_ALIGNMENT
 FitName = Literal["pca", "pca_spline", "pca_uniform", "kvsplice", "kvsplice_spline", "kvsplice_uniform"]
 
 
+# What a float can still be raised to.
+_LARGEST_EXPONENT = 700.0
+
+
 @dataclass(frozen=True)
 class Plan:
     """What every planner gives (`calibration.planners`) and calibration takes.
@@ -55,7 +59,7 @@ class Plan:
         To second order an error e in a key or value costs e^T G e / 2 nats, G its Fisher matrix (docs/planning.md has the
         expectation beside measurements).
         """
-        return math.expm1(self.distortion / 2)
+        return math.expm1(min(self.distortion / 2, _LARGEST_EXPONENT))
 
 
 def left_by(distortion: Tensor, widths: Tensor) -> float:
@@ -74,6 +78,12 @@ def budget_for_bits(bits: float, num_groups: int) -> int:
     return int(bits * num_groups * GROUP / 8)
 
 
+def budget_range(distortion: Tensor) -> tuple[int, int]:
+    """The least and the most bytes per token that `plan_budget` takes for [2, L, H, G, 9]."""
+    kinds, layers, heads, groups, _ = distortion.shape
+    return layers * TOKEN_ALIGNMENT, layers * kinds * heads * groups * MAX_WIDTH
+
+
 def plan_budget(distortion: Tensor, budget_bytes: int) -> Plan:
     """The widths that leave the least distortion in `budget_bytes` per token over all layers.
 
@@ -89,11 +99,11 @@ def plan_budget(distortion: Tensor, budget_bytes: int) -> Plan:
     """
     kinds, layers, heads, groups, _ = distortion.shape
     per_layer = distortion.transpose(0, 1).reshape(layers, kinds * heads * groups, MAX_WIDTH + 1)
-    largest = per_layer.shape[1] * MAX_WIDTH
-    if not layers * TOKEN_ALIGNMENT <= budget_bytes <= layers * largest:
+    least, most = budget_range(distortion)
+    if not least <= budget_bytes <= most:
         raise KVSpliceError(
-            f"a budget of {budget_bytes} bytes per token is outside {layers * TOKEN_ALIGNMENT}..{layers * largest} "
-            f"for {layers} layers; choose --bits between 1.5 and 8"
+            f"a budget of {budget_bytes} bytes per token is outside {least}..{most} for {layers} layers; "
+            f"choose --bits between {max(1.5, MAX_WIDTH * least / most):.3g} and {MAX_WIDTH}"
         )
     # A bit is only on offer after the bits below it: make each group's gains fall.
     gains = (per_layer[..., :-1] - per_layer[..., 1:]).cummin(-1).values.flatten(1)

@@ -13,6 +13,8 @@ from vllm_kvsplice.errors import KVSpliceError
 DEFAULT_BITS = 4.0
 DEFAULT_STEPS = 300
 SIZES = ("bits", "budget", "max_ppl_increase")
+# Settings of a recipe that an option on the command line stands in for, beside its own.
+_REPLACES = dict.fromkeys(SIZES, SIZES) | {"plan": (*SIZES, "fim"), "planner": ("plan", "fim")}
 
 
 def _percent(given: Any) -> Any:
@@ -91,11 +93,16 @@ def read_config(path: Path | None, **options: Any) -> CalibrationConfig:
         if not isinstance(recipe, dict):
             raise KVSpliceError(f"{path} is not a mapping of settings")
         given = {name: value for name, value in options.items() if value is not None}
-        if set(SIZES) & set(given):
-            recipe = {name: value for name, value in recipe.items() if name not in SIZES}
-        return CalibrationConfig.model_validate(recipe | given)
+        replaced = {setting for name in given for setting in _REPLACES.get(name, ())}
+        recipe = {name: value for name, value in recipe.items() if name not in replaced}
+        settings = CalibrationConfig.model_validate(recipe | given)
     except ValidationError as error:
         first = error.errors()[0]
-        raise KVSpliceError(f"setting {'.'.join(map(str, first['loc'])) or 'bits'}: {first['msg']}") from error
+        place = f"setting {'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+        raise KVSpliceError(place + first["msg"].removeprefix("Value error, ")) from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise KVSpliceError(f"cannot read the recipe {path} ({error})") from error
+    for file in (settings.plan, settings.fim):
+        if file and not file.is_file():
+            raise KVSpliceError(f"cannot read {file}: there is no such file")
+    return settings

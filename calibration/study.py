@@ -100,6 +100,11 @@ class Study:
     def dense_layers(self) -> int:
         return self.shape.num_layers - len(self.layers)
 
+    @property
+    def dense_bytes(self) -> int:
+        """Of a token in the layers that are not compressed, in 16 bits."""
+        return self.dense_layers * 4 * self.shape.num_kv_heads * self.shape.head_dim
+
     @cached_property
     def fit(self) -> FitByHead:
         """Transforms and codebooks."""
@@ -186,7 +191,10 @@ def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, config: Calibration
         SEARCH_WINDOWS if config.max_ppl_increase is not None else 0,
         FINETUNE_WINDOWS if config.finetune else 0,
     )
-    windows = token_windows(tokenizer, text, sum(sizes), context)
+    try:
+        windows = token_windows(tokenizer, text, sum(sizes), context)
+    except KVSpliceError as error:
+        raise KVSpliceError(f"of what is held out to judge on, {error}") from error
     if len(windows) < sum(sizes) > QUALITY_WINDOWS:
         raise KVSpliceError(
             f"the text has {len(windows)} held-out windows of {context} tokens, and {sum(sizes)} are needed to search or "

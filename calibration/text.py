@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -71,7 +72,7 @@ def load_corpus(source: str) -> Corpus:
         return Corpus(source, _wikitext("train"), _wikitext("validation"))
     text = read_text(source)
     cut = len(text) * 9 // 10
-    return Corpus(Path(source).name, text[:cut], text[cut:])
+    return Corpus(Path(source).resolve().name, text[:cut], text[cut:])
 
 
 def read_text(source: str) -> str:
@@ -94,7 +95,9 @@ def _read_file(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".jsonl":
             return text
-        return "\n".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
+        text = "\n".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
+        # Halves of characters, which JSON may hold and no tokenizer takes.
+        return text.encode(errors="replace").decode()
     except UnicodeDecodeError as error:
         raise KVSpliceError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -132,7 +135,9 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, con
     tokens = _tokens(tokenizer, text)
     whole = len(tokens) // context
     if not whole:
-        raise KVSpliceError(f"the text has {len(tokens)} tokens, fewer than one window of {context}; give more text")
+        raise KVSpliceError(
+            f"the text has {len(tokens)} tokens, fewer than one window of {context}; give more text or a lower --context"
+        )
     chosen = torch.arange(min(count, whole)) * whole // min(count, whole)
     return tokens[: whole * context].view(whole, context)[chosen]
 
@@ -147,7 +152,11 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: str, count: in
     if tokenizer.chat_template is None:
         return windows
     for index in range(CHAT_EVERY - 1, len(windows), CHAT_EVERY):
-        conversation = _as_conversation(tokenizer, str(tokenizer.decode(windows[index])), context)
+        try:
+            conversation = _as_conversation(tokenizer, str(tokenizer.decode(windows[index])), context)
+        # Some templates refuse what they do not know.
+        except TemplateError:
+            return windows
         # Text of little but white space shrinks below a window: leave that window as it is.
         if len(conversation) == context:
             windows[index] = conversation
@@ -186,9 +195,17 @@ def _continued(model: PreTrainedModel, first: Tensor, length: int) -> Tensor:
         first.to(model.device),
         attention_mask=torch.ones_like(first).to(model.device),
         do_sample=True,
+        # Nothing of the model's own habits of generation.
+        num_beams=1,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
+        typical_p=1.0,
+        epsilon_cutoff=0.0,
+        eta_cutoff=0.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        return_dict_in_generate=False,
         min_new_tokens=length - 1,
         max_new_tokens=length - 1,
         pad_token_id=0,

@@ -174,6 +174,13 @@ class Artifact:
         """Bits per key or value element over all layers, padding included."""
         return BASELINE_BITS * self.bytes_per_token / self.baseline_bytes_per_token
 
+    @property
+    def bits_where_compressed(self) -> float:
+        """The same over the compressed layers alone, which is what a plan's bits are of."""
+        layers = [layer for layer in self.manifest.layers if layer]
+        dense = self.baseline_bytes_per_token * len(layers) / self.manifest.model.num_layers
+        return BASELINE_BITS * sum(layer.layout.token_bytes for layer in layers) / dense
+
     def with_quality(self, quality: Quality) -> "Artifact":
         """The same artifact, carrying its measured quality (and so another digest)."""
         return make_artifact(self.manifest.model_copy(update={"quality": quality}), self.tensors)
@@ -328,6 +335,10 @@ def check_target(directory: Path) -> None:
     """Raise `ArtifactError` if writing an artifact to `directory` would overwrite anything but an artifact."""
     if directory.exists() and (not directory.is_dir() or set(os.listdir(directory)) - {MANIFEST, TENSORS, CARD}):
         raise ArtifactError(f"{directory} exists and is no artifact; choose another --out directory")
+    if Path.cwd().is_relative_to(directory.resolve()):
+        raise ArtifactError(
+            f"{directory} is the directory you are in, which would be replaced; choose another --out directory"
+        )
 
 
 def load_artifact(directory: Path | str) -> Artifact:

@@ -1,5 +1,6 @@
 """Min-max quantisation to whole numbers with a float16 scale and zero: of tokens, and of channels as in KIVI."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ class TokenIntegers(Store):
 
     Attributes:
         bits: of a code.
-        group: dimensions that share scale and zero; 0: the whole head.
+        group: dimensions that share scale and zero, or their largest divisor that fits a head; 0: the whole head.
         rotated: behind a randomised Hadamard transform (QuaRot, arXiv:2404.00456).
 
     """
@@ -28,7 +29,7 @@ class TokenIntegers(Store):
     rotated: bool = False
 
     def encode(self, x: Tensor, positions: Tensor) -> tuple[Field, ...]:
-        groups = (rotate(x) if self.rotated else x).unflatten(-1, (-1, self.group or x.shape[-1]))
+        groups = (rotate(x) if self.rotated else x).unflatten(-1, (-1, math.gcd(self.group, x.shape[-1])))
         low, scale = _range(groups, -1, self.bits)
         return Field(_codes(groups, low, scale, self.bits), self.bits), Field.whole(low), Field.whole(scale)
 

@@ -12,7 +12,7 @@ from calibration.compare.methods import KVSplice, Method
 from calibration.compare.peers import PEERS, rank_peers
 from calibration.compare.spline_first import spline_first
 from calibration.models import check_context, load_model
-from calibration.plan import plan_budget
+from calibration.plan import budget_range, plan_budget
 from calibration.progress import steps
 from calibration.recipe import CalibrationConfig
 from calibration.study import study
@@ -61,7 +61,15 @@ def run(settings: Settings) -> Iterator[Row]:
     if fit and fit.text not in NAMED and Path(fit.text).resolve() == Path(settings.text).resolve():
         raise KVSpliceError(f"{settings.text} is text to fit on and to judge on; give --fit-text another one")
     content = read_text(settings.text)
-    given = [(path.name, load_artifact(path)) for path in settings.artifacts]
+    names = [path.name for path in settings.artifacts]
+    # `kvsplice` in every model's directory.
+    given = [
+        (
+            path.name if names.count(path.name) == 1 else f"{path.absolute().parent.name}/{path.name}",
+            load_artifact(path),
+        )
+        for path in settings.artifacts
+    ]
     model, tokenizer = load_model(settings.model, torch.float32)
     check_context(model, settings.context)
     windows = token_windows(tokenizer, content, settings.windows, settings.context)
@@ -78,9 +86,11 @@ def _fitted(settings: Settings, fit: CalibrationConfig, model: PreTrainedModel) 
     measured = study(settings.model, fit, settings.statistics)
     with steps("Measuring principal components", len(measured.windows)) as progress:
         yield from rank_peers(measured.model, measured.windows, progress)
+    least, most = budget_range(measured.evidence.distortion)
     for bits in SIZES:
-        plan = plan_budget(measured.evidence.distortion, measured.budget_for(bits))
-        yield _ours(f"{bits:g} bits", measured.artifact(plan), model)
+        if least <= (budget := measured.budget_for(bits)) <= most:
+            plan = plan_budget(measured.evidence.distortion, budget)
+            yield _ours(f"{bits:g} bits", measured.artifact(plan), model)
     for bits in (3.0, 4.0):
         yield spline_first(measured, bits)
 

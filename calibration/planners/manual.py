@@ -151,6 +151,8 @@ def plan_manual(distortion: Tensor, layers: Sequence[int], config: ManualConfig)
     free = torch.ones(shape[1:3], dtype=torch.bool)
     for key, head in config.per_layer_head.items():
         row, column = _place(key, layers, shape)
+        if not free[row, column]:
+            raise KVSpliceError(f"per_layer_head {key!r} sets a head that another name has set already")
         _check_sizes(head, key, shape)
         for kind, own in enumerate((head.key, head.value)):
             widths[kind, row, column] = _size(head, own, config.everywhere).widths(shape[3])

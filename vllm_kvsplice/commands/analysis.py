@@ -62,7 +62,7 @@ def fim(
     if not runs:
         raise KVSpliceError("there is nothing to analyse; give a MODEL, --import FILE or --wandb ENTITY/PROJECT")
     words = reading(runs)
-    written = write_runs(runs, out, name or (wandb or runs[0].name).replace("/", "-"))
+    written = write_runs(runs, out, (name or wandb or runs[0].name).replace("/", "-"))
     (out / "fim.txt").write_text(words)
     console.print(words.split("\nHeads of ")[0])
     for file in (*written, out / "fim.txt"):

@@ -54,7 +54,9 @@ ArtifactDir = Annotated[str, typer.Argument(help="Artifact directory, or name on
 # Of recipes. Without a default here, because a recipe's file may set them.
 Text = Annotated[Optional[str], typer.Option(help="pydoc, wikitext, a file or a directory.  [default: pydoc]")]
 Tokens = Annotated[Optional[int], typer.Option(help="Tokens to measure on.  [default: 16384]")]
-Bits = Annotated[Optional[float], typer.Option(help="Bits per element, 1.5 to 8.  [default: 4.0]")]
+Bits = Annotated[
+    Optional[float], typer.Option(help="Bits per element of the layers that are compressed, 1.5 to 8.  [default: 4.0]")
+]
 Budget = Annotated[Optional[int], typer.Option(help="Bytes per token over all layers, instead of --bits.")]
 MaxIncrease = Annotated[
     Optional[str],

@@ -27,7 +27,10 @@ def print_summary(artifact: "Artifact", title: str) -> None:
     )
     dense = shape.num_layers - len(artifact.compressed_layers)
     table.add_row("layers", f"{len(artifact.compressed_layers)} compressed, {dense} dense")
-    table.add_row("size", f"{after} bytes per token, {artifact.bits_per_element:.3f} bits per element")
+    bits = f"{artifact.bits_per_element:.3f} bits per element"
+    if dense:
+        bits += f", {artifact.bits_where_compressed:.3f} where compressed"
+    table.add_row("size", f"{after} bytes per token, {bits}")
     table.add_row("instead of", f"{before} bytes per token in 16 bits: {before / after:.2f}x smaller")
     origin = manifest.provenance
     table.add_row("fit", f"{origin.fit}, {origin.tokens} tokens of {origin.text}, {origin.created}")
