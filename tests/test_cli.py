@@ -11,6 +11,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from calibration.evaluate import Evaluation
+from calibration.planners.search import CURVE_BITS
 from tests.models import TEXT, tiny_model
 from vllm_kvsplice.artifact import Artifact, load_artifact
 from vllm_kvsplice.cli import app
@@ -77,6 +78,12 @@ def test_what_cannot_be_written_is_refused_before_anything_is_read(folder: Path,
         run(*command, folder / place, "--text", folder / "text.txt")
 
 
+def test_the_directory_one_is_in_is_not_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder / "artifact")
+    with pytest.raises(KVSpliceError, match="is the directory you are in"):
+        run("calibrate", folder / "model", "--out", ".", "--text", folder / "text.txt")
+
+
 class TestServe:
     """What is handed on to vLLM, which is not started."""
 
@@ -141,6 +148,17 @@ class TestPlanning:
         assert growth == sorted(growth, reverse=True)
         assert "expected" in run("inspect", folder / "three")
 
+    def test_a_small_model_has_a_plan_though_not_of_every_size(self, folder: Path) -> None:
+        model = tiny_model("llama", folder / "small", num_key_value_heads=1)
+        given = ("--text", folder / "text.txt", *SMALL, "--bits", 4, "--out", folder / "small.json")
+        assert "96 of 384 bytes per token" in run("plan", model, *given)
+        assert len(json.loads((folder / "small.json").read_text())["curve"]) < len(CURVE_BITS)
+
+    def test_a_plan_stands_in_for_the_size_of_a_recipe(self, folder: Path, planned: Path) -> None:
+        (folder / "recipe.yaml").write_text("bits: 5\n")
+        made = self.calibrate(folder, "replaced", "--config", folder / "recipe.yaml", "--plan", planned)
+        assert load_artifact(made).bits_per_element == pytest.approx(3)
+
     def test_a_plan_is_printed_head_by_head(self, folder: Path) -> None:
         words = run("plan", folder / "model", "--text", folder / "text.txt", *SMALL, "--planner", "tiers", "--bits", 4)
         assert sum("rank" in line for line in words.splitlines()) == 6
@@ -186,7 +204,9 @@ class TestPlanning:
             (("--planner", "manual"), "planner manual and a plan file go together"),
             (("--planner", "tiers", "--plan", "plan.json"), "planner manual and a plan file go together"),
             (("--plan", "plan.json", "--bits", 3), "has its own size; leave bits out"),
-            (("--fim", "fim.json"), "only planner tiers reads FIM metrics"),
+            (("--fim", "fim.json"), "^only planner tiers reads FIM metrics"),
+            (("--plan", "missing.json"), "cannot read missing.json: there is no such file"),
+            (("--budget", 40), "outside 48..384 for 3 layers; choose --bits between 1.5 and 8"),
             (("--max-ppl-increase", "one"), "max_ppl_increase: Input should be a valid number"),
             (("--max-ppl-increase", "-1%"), "max_ppl_increase: Input should be greater than 0"),
         ],

@@ -100,6 +100,10 @@ class TestSources:
         with pytest.raises(KVSpliceError, match=rf"{name} is not UTF-8 text \(.* at byte 4\)"):
             read_text(str(tmp_path / name))
 
+    def test_half_a_character_in_json_lines_becomes_a_whole_one(self, tmp_path):
+        (tmp_path / "text.jsonl").write_text('{"text": "one \\ud83d two"}\n')
+        assert read_text(str(tmp_path / "text.jsonl")) == "one ? two"
+
     def test_missing_text_is_refused_with_the_choices(self):
         with pytest.raises(KVSpliceError, match=r"no text 'nowhere\.txt'.*pydoc, wikitext"):
             load_corpus("nowhere.txt")
@@ -171,6 +175,12 @@ class TestConversations:
         said = tokenizer.decode(window, skip_special_tokens=True)
         assert said[:100].strip() == tokenizer.decode(plain)[:100].strip()
 
+    def test_with_a_template_that_refuses_turns_all_windows_are_text(self, plain_tokenizer):
+        refusing = tiny_tokenizer()
+        refusing.chat_template = "{{ raise_exception('no such role') }}"
+        windows = (calibration_windows(each, TEXT, 8, 64) for each in (refusing, plain_tokenizer))
+        assert torch.equal(*windows)
+
     def test_without_a_template_all_windows_are_text(self, plain_tokenizer):
         windows = calibration_windows(plain_tokenizer, TEXT, 8, 48)
         assert torch.equal(windows, token_windows(plain_tokenizer, TEXT, 8, 48))
@@ -202,6 +212,13 @@ class TestOwnText:
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
         assert torch.equal(torch.get_rng_state(), state)
+
+    def test_the_models_own_habits_of_generation_have_no_part_in_it(self, model, monkeypatch):
+        expected = own_text(model, 2, 24, 0)
+        habits = {"return_dict_in_generate": True, "num_beams": 2, "repetition_penalty": 1.3, "typical_p": 0.5}
+        for name, value in habits.items():
+            monkeypatch.setattr(model.generation_config, name, value)
+        assert torch.equal(own_text(model, 2, 24, 0), expected)
 
     def test_it_is_what_the_model_finds_likely(self, model):
         def likelihood(windows: torch.Tensor) -> float:

@@ -1,5 +1,6 @@
 """Every store against its second formulation in `tests.compare.packed` or vLLM's own code, and as many bytes."""
 
+import math
 import struct
 from functools import partial
 
@@ -40,10 +41,10 @@ def check(store: Store, x: Tensor, expected: np.ndarray, stored_bytes: int) -> N
 
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group", [0, 8])
+@pytest.mark.parametrize("group", [0, 8, 32])
 def test_token_integers(dim: int, bits: int, group: int) -> None:
     x = vectors(dim)
-    cut = x.numpy().reshape(HEADS, -1, group or dim)
+    cut = x.numpy().reshape(HEADS, -1, math.gcd(group, dim))
     expected, size = packed.each(cut, partial(packed.min_max, bits=bits), partial(packed.from_min_max, bits=bits))
     check(TokenIntegers(bits, group), x, expected.reshape(x.shape), size)
 

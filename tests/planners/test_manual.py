@@ -100,6 +100,7 @@ def test_a_target_that_hands_have_spent_already_is_refused():
         ({"per_layer_head": {"6-8": {}}}, r"'6-8' is not of the form"),
         ({"per_layer_head": {"12/0": {}}}, "layer 12 has no cache to compress"),
         ({"per_layer_head": {"0/12": {}}}, "caches 12 KV heads a layer, numbered 0 to 11"),
+        ({"per_layer_head": {"1/1": {}, "layer1/head1": {}}}, "'layer1/head1' sets a head that another name has set"),
         ({"global": {"d_k": 128}}, "global: d_k is 128, but the heads of this model have 64"),
         ({"per_layer_head": {"1/1": {"d_v": 32}}}, "1/1: d_v is 32"),
         ({"per_layer_head": {"1/1": {"rank": 72}}}, "rank 72 exceeds the 64"),
