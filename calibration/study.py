@@ -17,7 +17,7 @@ from calibration.fim.runs import read_runs
 from calibration.fit import FitByHead, FittedCodec
 from calibration.models import Source, check_context, fast_dtype, load_model, longest_context, rotary_of, short_name
 from calibration.plan import Plan, budget_for_bits
-from calibration.planners import Evidence
+from calibration.planners import Evidence, check_files
 from calibration.planners.tiers import Metrics
 from calibration.progress import console, steps
 from calibration.recipe import CalibrationConfig
@@ -167,6 +167,7 @@ def study(source: Source, config: CalibrationConfig, statistics_file: Path | Non
         KVSpliceError: a mistake of the user's; the message names the way out.
 
     """
+    check_files(config)
     corpus = load_corpus(config.text)
     model, tokenizer = load_model(source, fast_dtype())
     shape = ModelShape.of(model.config)

@@ -84,6 +84,17 @@ def test_the_directory_one_is_in_is_not_replaced(folder: Path, monkeypatch: pyte
         run("calibrate", folder / "model", "--out", ".", "--text", folder / "text.txt")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("no JSON", "cannot read the plan"), ('{"rnk": 16}', "rnk: Extra inputs"), ("[]", "holds no JSON object")],
+)
+def test_a_plan_that_is_none_is_refused_before_anything_is_measured(folder: Path, content: str, message: str) -> None:
+    (folder / "bad.json").write_text(content)
+    # There is no model M.
+    with pytest.raises(KVSpliceError, match=message):
+        run("calibrate", "M", "--out", folder / "never", "--plan", folder / "bad.json")
+
+
 class TestServe:
     """What is handed on to vLLM, which is not started."""
 

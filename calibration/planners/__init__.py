@@ -12,9 +12,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from calibration.fim.runs import read_runs
 from calibration.plan import Plan
 from calibration.planners.budget import plan_by_fisher
-from calibration.planners.files import is_plan_file, read_plan
+from calibration.planners.files import is_plan_file, load_plan_file, read_plan
 from calibration.planners.manual import plan_manual, read_manual
 from calibration.planners.tiers import Metrics, TierRule, plan_tiers
 from calibration.planners.uniform import plan_uniform
@@ -53,6 +54,14 @@ class Evidence:
     distortion: Tensor
     layers: tuple[int, ...]
     metrics: Callable[[], Metrics]
+
+
+def check_files(settings: PlannerSettings) -> None:
+    """Raise `KVSpliceError` if a file that will be read is none of its kind, before minutes of measuring."""
+    if settings.plan:
+        load_plan_file(settings.plan) if is_plan_file(settings.plan) else read_manual(settings.plan)
+    if settings.fim:
+        read_runs(settings.fim)
 
 
 def make_plan(evidence: Evidence, settings: PlannerSettings, budget_bytes: int | None) -> Plan:

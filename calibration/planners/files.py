@@ -58,12 +58,12 @@ class PlanFile(_Strict):
     version: Literal[1] = 1
     planner: str
     model: str = ""
-    bytes_per_token: int
-    baseline_bytes_per_token: int
+    bytes_per_token: Annotated[int, Field(ge=1)]
+    baseline_bytes_per_token: Annotated[int, Field(ge=1)]
     memory_saving_percent: float
     expected_percent: float
     curve: tuple[Point, ...] = ()
-    layers: tuple[LayerDecision, ...]
+    layers: Annotated[tuple[LayerDecision, ...], Field(min_length=1)]
 
     @property
     def bits_per_element(self) -> float:
