@@ -72,9 +72,7 @@ def plan(source: Source, config: CalibrationConfig, statistics_file: Path | None
 
 def described(measured: Study, chosen: Plan) -> PlanFile:
     """`chosen` with what to expect of it and of other sizes."""
-    least, most = budget_range(measured.evidence.distortion)
-    budgets = [budget for bits in CURVE_BITS if least <= (budget := measured.budget_for(bits)) <= most]
-    plans = [plan_budget(measured.evidence.distortion, budget) for budget in budgets]
+    plans = [plan_budget(measured.evidence.distortion, budget) for _, budget in measured.sizes(CURVE_BITS)]
     curve = [(p.bytes_per_token + measured.dense_bytes, p.expected_increase) for p in plans]
     return describe(chosen, measured.layers, short_name(measured.source), measured.dense_layers, curve)
 

@@ -95,14 +95,10 @@ def read_config(path: Path | None, **options: Any) -> CalibrationConfig:
         given = {name: value for name, value in options.items() if value is not None}
         replaced = {setting for name in given for setting in _REPLACES.get(name, ())}
         recipe = {name: value for name, value in recipe.items() if name not in replaced}
-        settings = CalibrationConfig.model_validate(recipe | given)
+        return CalibrationConfig.model_validate(recipe | given)
     except ValidationError as error:
         first = error.errors()[0]
         place = f"setting {'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
         raise KVSpliceError(place + first["msg"].removeprefix("Value error, ")) from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise KVSpliceError(f"cannot read the recipe {path} ({error})") from error
-    for file in (settings.plan, settings.fim):
-        if file and not file.is_file():
-            raise KVSpliceError(f"cannot read {file}: there is no such file")
-    return settings

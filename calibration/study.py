@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from calibration.fim.attention import attention_spectra, by_head
 from calibration.fim.runs import read_runs
 from calibration.fit import FitByHead, FittedCodec
 from calibration.models import Source, check_context, fast_dtype, load_model, longest_context, rotary_of, short_name
-from calibration.plan import Plan, budget_for_bits
+from calibration.plan import Plan, budget_for_bits, budget_range
 from calibration.planners import Evidence, check_files
 from calibration.planners.tiers import Metrics
 from calibration.progress import console, steps
@@ -114,6 +115,11 @@ class Study:
     @cached_property
     def evidence(self) -> Evidence:
         return Evidence(self.fit.distortion, self.layers, lambda: self.attention_metrics)
+
+    def sizes(self, bits: Iterable[float]) -> list[tuple[float, int]]:
+        """Of `bits` per element those that this model's pages can have, each with its `budget_for`."""
+        least, most = budget_range(self.evidence.distortion)
+        return [(each, budget) for each in bits if least <= (budget := self.budget_for(each)) <= most]
 
     def budget_for(self, bits: float) -> int:
         """Bytes per token of the compressed layers at `bits` per element."""

@@ -216,7 +216,7 @@ class TestPlanning:
             (("--planner", "tiers", "--plan", "plan.json"), "planner manual and a plan file go together"),
             (("--plan", "plan.json", "--bits", 3), "has its own size; leave bits out"),
             (("--fim", "fim.json"), "^only planner tiers reads FIM metrics"),
-            (("--plan", "missing.json"), "cannot read missing.json: there is no such file"),
+            (("--plan", "missing.json"), r"cannot read the plan missing.json \(.*No such file"),
             (("--budget", 40), "outside 48..384 for 3 layers; choose --bits between 1.5 and 8"),
             (("--max-ppl-increase", "one"), "max_ppl_increase: Input should be a valid number"),
             (("--max-ppl-increase", "-1%"), "max_ppl_increase: Input should be greater than 0"),

@@ -178,8 +178,8 @@ class Artifact:
     def bits_where_compressed(self) -> float:
         """The same over the compressed layers alone, which is what a plan's bits are of."""
         layers = [layer for layer in self.manifest.layers if layer]
-        dense = self.baseline_bytes_per_token * len(layers) / self.manifest.model.num_layers
-        return BASELINE_BITS * sum(layer.layout.token_bytes for layer in layers) / dense
+        baseline = self.baseline_bytes_per_token * len(layers) / self.manifest.model.num_layers
+        return BASELINE_BITS * sum(layer.layout.token_bytes for layer in layers) / baseline
 
     def with_quality(self, quality: Quality) -> "Artifact":
         """The same artifact, carrying its measured quality (and so another digest)."""

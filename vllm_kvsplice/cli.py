@@ -13,7 +13,7 @@ from rich.text import Text
 from vllm_kvsplice import __version__
 from vllm_kvsplice.commands import analysis, recipes
 from vllm_kvsplice.commands.compare import compare
-from vllm_kvsplice.commands.options import ArtifactDir, Model, output
+from vllm_kvsplice.commands.options import ArtifactDir, Model, output_file
 from vllm_kvsplice.commands.printing import console, print_summary, print_width_map
 from vllm_kvsplice.errors import KVSpliceError
 
@@ -68,7 +68,7 @@ def evaluate(
         int, typer.Option(help="Read this many first tokens exactly among themselves; judge what follows.", min=0)
     ] = 0,
     json_file: Annotated[
-        Optional[Path], typer.Option("--json", help="Write the figures here as well.", callback=output)
+        Optional[Path], typer.Option("--json", help="Write the figures here as well.", callback=output_file)
     ] = None,
 ) -> None:
     """Perplexity of a model without and with its cache compressed (every attended key and value read as stored).

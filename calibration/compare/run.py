@@ -12,7 +12,7 @@ from calibration.compare.methods import KVSplice, Method
 from calibration.compare.peers import PEERS, rank_peers
 from calibration.compare.spline_first import spline_first
 from calibration.models import check_context, load_model
-from calibration.plan import budget_range, plan_budget
+from calibration.plan import plan_budget
 from calibration.progress import steps
 from calibration.recipe import CalibrationConfig
 from calibration.study import study
@@ -86,11 +86,9 @@ def _fitted(settings: Settings, fit: CalibrationConfig, model: PreTrainedModel) 
     measured = study(settings.model, fit, settings.statistics)
     with steps("Measuring principal components", len(measured.windows)) as progress:
         yield from rank_peers(measured.model, measured.windows, progress)
-    least, most = budget_range(measured.evidence.distortion)
-    for bits in SIZES:
-        if least <= (budget := measured.budget_for(bits)) <= most:
-            plan = plan_budget(measured.evidence.distortion, budget)
-            yield _ours(f"{bits:g} bits", measured.artifact(plan), model)
+    for bits, budget in measured.sizes(SIZES):
+        plan = plan_budget(measured.evidence.distortion, budget)
+        yield _ours(f"{bits:g} bits", measured.artifact(plan), model)
     for bits in (3.0, 4.0):
         yield spline_first(measured, bits)
 

@@ -28,14 +28,14 @@ def head_errors(artifact: Artifact, statistics: Statistics) -> pandas.DataFrame:
     chosen = torch.linspace(0, len(statistics.positions) - 1, _SAMPLES).long().unique()
     positions = statistics.positions[chosen]
     rows = []
-    for row, layer in enumerate(artifact.compressed_layers):
+    for row, (layer, codec) in enumerate(artifact.codecs.items()):
         residuals = [kind.residual[row][:, chosen].float() for kind in (statistics.key, statistics.value)]
         offsets = (
-            _offset(statistics.key, row, positions, artifact.rotary and artifact.rotary.at(layer)),
+            _offset(statistics.key, row, positions, codec.rotary),
             _offset(statistics.value, row, positions, None),
         )
         exact = [u + offset for u, offset in zip(residuals, offsets, strict=True)]
-        read = artifact.layer(layer).reconstruct(exact[0].transpose(0, 1), exact[1].transpose(0, 1), positions)
+        read = codec.reconstruct(exact[0].transpose(0, 1), exact[1].transpose(0, 1), positions)
         for kind, x, u, back in zip(("key", "value"), exact, residuals, read, strict=True):
             lost = _energy(back.transpose(0, 1) - x)
             rows.append(

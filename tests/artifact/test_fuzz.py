@@ -93,8 +93,9 @@ def check_manifest(files: Files) -> dict[str, Any]:
     check_fields(manifest, TOP, "manifest", tuple(OBJECTS))
     for name, fields in OBJECTS.items():
         if manifest[name] is not None or name in ("model", "provenance"):
-            optional = {"skips": []} if name == "rotary" and isinstance(manifest[name], dict) else {}
-            check_fields(optional | manifest[name] if optional else manifest[name], fields, name)
+            if name == "rotary" and isinstance(manifest[name], dict):
+                manifest[name].setdefault("skips", [])
+            check_fields(manifest[name], fields, name)
     ensure(all(isinstance(v, str) for v in manifest["provenance"]["versions"].values()), "versions")
     ensure(manifest["format"] == "kvsplice", "format")
     ensure(manifest["quality"] is None or manifest["quality"]["mode"] in ("all", "serving"), "mode")
@@ -104,7 +105,7 @@ def check_manifest(files: Files) -> dict[str, Any]:
     ensure(dim % 8 == 0 and model["num_heads"] % heads == 0, "sizes")
     ensure(not manifest["rotary"] or manifest["rotary"]["pairs"] * 2 <= dim, "pairs")
     ensure(len(manifest["layers"]) == model["num_layers"], "number of layers")
-    skips = manifest["rotary"].get("skips", []) if manifest["rotary"] else []
+    skips = manifest["rotary"]["skips"] if manifest["rotary"] else []
     ensure(all(is_a(layer, (0, model["num_layers"] - 1)) for layer in skips), "skips")
     ensure(all(one < other for one, other in itertools.pairwise(skips)), "skips in order")
     plans = [layer for layer in manifest["layers"] if layer is not None]

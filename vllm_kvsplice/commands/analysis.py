@@ -22,7 +22,7 @@ def fim(
         Path,
         typer.Option(
             help="Directory for fim_metrics_NAME.json, fim_summary_NAME.csv and fim.txt.",
-            callback=options.output_directory,
+            callback=options.output,
         ),
     ],
     model: Annotated[Optional[str], typer.Argument(help="Model directory or Hub name.", metavar="[MODEL]")] = None,
@@ -82,7 +82,7 @@ def _measured(model: str, name: str | None, statistics: Path | None, **settings:
 
 def report(
     out: Annotated[
-        Path, typer.Option(help="The page, one HTML file that needs nothing else.", callback=options.output)
+        Path, typer.Option(help="The page, one HTML file that needs nothing else.", callback=options.output_file)
     ],
     fim: Annotated[Optional[Path], typer.Option(help="FIM metrics that kvsplice fim wrote.")] = None,
     plan: Annotated[Optional[Path], typer.Option(help="A plan that kvsplice plan wrote.")] = None,

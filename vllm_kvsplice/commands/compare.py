@@ -30,16 +30,17 @@ def compare(
     tokens: options.Tokens = None,
     statistics: options.Statistics = None,
     json_file: Annotated[
-        Optional[Path], typer.Option("--json", help="Write the rows here, after each one.", callback=options.output)
+        Optional[Path],
+        typer.Option("--json", help="Write the rows here, after each one.", callback=options.output_file),
     ] = None,
     csv_file: Annotated[
-        Optional[Path], typer.Option("--csv", help="Write the rows here, after each one.", callback=options.output)
+        Optional[Path], typer.Option("--csv", help="Write the rows here, after each one.", callback=options.output_file)
     ] = None,
     plot: Annotated[
         Optional[Path],
         typer.Option(
             help="Draw rate and quality: FILE.png, FILE.html, or a directory for both.",
-            callback=options.output_directory,
+            callback=options.output,
         ),
     ] = None,
 ) -> None:

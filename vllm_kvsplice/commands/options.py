@@ -10,14 +10,14 @@ import typer
 from vllm_kvsplice.errors import KVSpliceError
 
 
-def output(path: Path | None) -> Path | None:
+def output_file(path: Path | None) -> Path | None:
     """A file that will be written: refused before any work where it cannot be, which a directory never is."""
     if path and path.is_dir():
         raise KVSpliceError(f"{path} is a directory; name a file in it")
-    return output_directory(path)
+    return output(path)
 
 
-def output_directory(path: Path | None) -> Path | None:
+def output(path: Path | None) -> Path | None:
     """A file or directory that will be written, refused before any work where nothing can be made."""
     if path:
         above = next(p for p in path.absolute().parents if p.exists())
@@ -78,7 +78,7 @@ Finetune = Annotated[
 Steps = Annotated[Optional[int], typer.Option(help="Of --finetune.  [default: 300]")]
 Errors = Annotated[
     Optional[Path],
-    typer.Option(help="Write every head's errors before and after training here, as CSV.", callback=output),
+    typer.Option(help="Write every head's errors before and after training here, as CSV.", callback=output_file),
 ]
 PlanJson = Annotated[
     Optional[Path], typer.Option("--plan", help="A plan of kvsplice plan, or one written by hand (configs/README.md).")
@@ -89,5 +89,7 @@ Context = Annotated[Optional[int], typer.Option(help="Tokens per window of text.
 Seed = Annotated[Optional[int], typer.Option(help="Seed of all sampling.  [default: 0]")]
 Statistics = Annotated[
     Optional[Path],
-    typer.Option(help="Keep the measurements in this file, and use them again if they still fit.", callback=output),
+    typer.Option(
+        help="Keep the measurements in this file, and use them again if they still fit.", callback=output_file
+    ),
 ]

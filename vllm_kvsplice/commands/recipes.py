@@ -16,9 +16,7 @@ def calibrate(
     model: options.Model,
     out: Annotated[
         Path,
-        typer.Option(
-            help="Directory of the artifact; an artifact there is replaced.", callback=options.output_directory
-        ),
+        typer.Option(help="Directory of the artifact; an artifact there is replaced.", callback=options.output),
     ],
     text: options.Text = None,
     tokens: options.Tokens = None,
@@ -64,7 +62,8 @@ def calibrate(
 def plan(
     model: options.Model,
     out: Annotated[
-        Optional[Path], typer.Option(help="Write the plan here, as JSON for calibrate --plan.", callback=options.output)
+        Optional[Path],
+        typer.Option(help="Write the plan here, as JSON for calibrate --plan.", callback=options.output_file),
     ] = None,
     text: options.Text = None,
     tokens: options.Tokens = None,
