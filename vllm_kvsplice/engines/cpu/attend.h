@@ -228,21 +228,21 @@ struct Attention {
     }
 
     void first_levels(const Half& half, const uint8_t* page, float* levels) {
-        for (int g = 0; g < half.group_count; ++g) {
+        for (int g = 0; g < half.group_count; ++g, levels += 8) {
             const Group& group = half.groups[g];
             const uint8_t* byte = page + group.plane * step.pages.block;
-            uint8_t codes[8] = {};
-            int low = 0;
-            for (int bits = 8; bits; bits /= 2) {
+            uint64_t codes = 0;
+            for (int bits = 8, low = 0; bits; bits /= 2) {
                 if (group.width - low < bits) continue;
-                const int mask = (1 << bits) - 1;
-                for (int i = 0; i < 8; byte += step.pages.block)
-                    for (int shift = 0; shift < 8; shift += bits, ++i) codes[i] |= (*byte >> shift & mask) << low;
+                uint64_t packed = 0;
+                for (int i = 0; i < bits; ++i, byte += step.pages.block)
+                    packed |= static_cast<uint64_t>(*byte) << 8 * i;
+                codes |= spread(packed, bits) << low;
                 low += bits;
             }
             for (int i = 0; i < 8; ++i) {
-                const int level = group.width == 8 ? codes[i] - 128 : group.levels[codes[i]];
-                levels[8 * g + i] = static_cast<float>(level) * half.sink_scale[8 * g + i];
+                const int code = codes >> 8 * i & 0xff, level = group.width == 8 ? code - 128 : group.levels[code];
+                levels[i] = static_cast<float>(level) * half.sink_scale[8 * g + i];
             }
         }
     }

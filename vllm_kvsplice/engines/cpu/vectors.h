@@ -57,6 +57,25 @@ KV_INLINE Register reversed(Register x) {
 }
 KV_INLINE Floats splat(float x) { return Floats{} + x; }
 
+// Exchanges the lanes of `a` that have the bit S in their number for those of `b` that have not.
+template <int S>
+KV_INLINE void exchange(HalfFloats& a, HalfFloats& b) {
+    typedef int32_t HalfInts __attribute__((vector_size(32)));
+    HalfInts first, second;
+    for (int i = 0; i < 8; ++i) {
+        first[i] = i & S ? 8 + i - S : i;
+        second[i] = i & S ? 8 + i : i + S;
+    }
+    const HalfFloats kept = a;
+    a = __builtin_shuffle(kept, b, first);
+    b = __builtin_shuffle(kept, b, second);
+}
+KV_INLINE void transpose(HalfFloats (&square)[8]) {
+    each<4>([&](auto i) KV_LAMBDA { exchange<1>(square[2 * i], square[2 * i + 1]); });
+    each<4>([&](auto i) KV_LAMBDA { exchange<2>(square[i / 2 * 4 + i % 2], square[i / 2 * 4 + i % 2 + 2]); });
+    each<4>([&](auto i) KV_LAMBDA { exchange<4>(square[i], square[i + 4]); });
+}
+
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 template <class T>
@@ -66,6 +85,28 @@ constexpr T least(T a, T b) {
 template <class T>
 constexpr T most(T a, T b) {
     return a > b ? a : b;
+}
+
+// The lowest `bits` bits of eight bytes, side by side, and back.
+KV_INLINE uint64_t fields(uint64_t bytes, int bits) {
+    const uint64_t mask = ((1 << bits) - 1) * 0x0101010101010101ull;
+#ifdef __BMI2__
+    return _pext_u64(bytes, mask);
+#else
+    uint64_t packed = 0;
+    for (int i = 0; i < 8; ++i) packed |= ((bytes & mask) >> 8 * i & 0xff) << bits * i;
+    return packed;
+#endif
+}
+KV_INLINE uint64_t spread(uint64_t packed, int bits) {
+    const uint64_t mask = ((1 << bits) - 1) * 0x0101010101010101ull;
+#ifdef __BMI2__
+    return _pdep_u64(packed, mask);
+#else
+    uint64_t bytes = 0;
+    for (int i = 0; i < 8; ++i) bytes |= (packed >> bits * i & mask & 0xff) << 8 * i;
+    return bytes;
+#endif
 }
 
 // GCC 12 would convert quarters and join them.

@@ -88,18 +88,6 @@ inline void divide(double* latents, const float* scale) {
     for (int i = 0; i < 8; ++i) latents[i] = scale[i] > 0 ? latents[i] / scale[i] : 0;
 }
 
-// The lowest `bits` bits of eight bytes, side by side.
-KV_INLINE uint64_t fields(uint64_t bytes, int bits) {
-    const uint64_t mask = ((1 << bits) - 1) * 0x0101010101010101ull;
-#ifdef __BMI2__
-    return _pext_u64(bytes, mask);
-#else
-    uint64_t packed = 0;
-    for (int i = 0; i < 8; ++i) packed |= ((bytes & mask) >> 8 * i & 0xff) << bits * i;
-    return packed;
-#endif
-}
-
 // A group's codes of W bits into a token's byte planes: those of the largest power of two in W, then of what is left.
 template <int W>
 KV_INLINE void scatter(uint64_t codes, uint8_t* byte, int64_t block) {
