@@ -23,6 +23,7 @@ from tests.cases import (
     threads,
     with_tensors,
 )
+from tests.codecs import make_codec
 from tests.engines.checks import (
     ORDER_LIMIT,
     STEP,
@@ -37,6 +38,7 @@ from tests.engines.checks import (
     oracle_limit,
     order_limit,
 )
+from vllm_kvsplice.codec import KindCodec
 from vllm_kvsplice.engines import get_engine, reference
 from vllm_kvsplice.engines.cpu import ISA_VARIABLE, CpuEngine, instruction_sets
 from vllm_kvsplice.errors import KVSpliceError
@@ -259,6 +261,31 @@ def test_the_cpu_engine_answers_the_same_alone_in_chunks_and_on_any_number_of_th
             )
             alone = replace(step, requests=[part]).attend(engine)
             expect_close(alone, expected[start - first : end - first], order_limit(engine), "a part equals the whole's")
+
+
+def without(half: KindCodec, direction: Tensor) -> KindCodec:
+    """Half a codec that does not see a direction [D]."""
+    return replace(half, analysis=half.analysis - (half.analysis @ direction)[..., None] * direction)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_latents_that_float32_cannot_tell_from_a_threshold_get_the_references_codes(isa):
+    random = torch.Generator().manual_seed(0)
+    direction = torch.nn.functional.normalize(torch.randn(64, generator=random), dim=0)
+    codec = make_codec(2, 64, rotary="none")
+    codec = replace(codec, key=without(codec.key, direction), value=without(codec.value, direction))
+    tokens, positions = torch.randn(2, 1000, 2, 64, generator=random), torch.arange(1000)
+    tokens += 30_000 * direction
+    odd = torch.tensor([1e30, 1e19, 1e-22, 0, torch.inf, -torch.inf, torch.nan])
+    tokens[:, 1 : 1 + len(odd)] *= odd[:, None, None]
+    residual = tokens[0] - codec.offset("key", positions)
+    latents = torch.einsum("thd,hrd->hrt", residual, codec.key.analysis)[..., 10:].flatten(0, 1).contiguous()
+    in_float32 = torch.searchsorted(codec.thresholds[: len(latents)], latents)
+    assert (in_float32 != codec.encode(*tokens, positions).T[: len(latents), 10:]).sum() > 50
+    pages = torch.zeros(2, 1, codec.layout.token_bytes, 1008, dtype=torch.uint8)
+    for engine, page in zip((CpuEngine(isa), reference), pages, strict=True):
+        engine.write(codec, *tokens, positions, positions, page)
+    assert int((pages[0] != pages[1]).sum()) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -245,6 +245,13 @@ class Codec {
 
     static int64_t up_to(int64_t multiple, int64_t n) { return (multiple - n % multiple) % multiple; }
 
+    // A sum of D products in float32 is off by at most D 2^-24 (1 + little) times the sum of their sizes (Higham, Accuracy and
+    // Stability of Numerical Algorithms, section 3.1), which is no more than the product of both norms. Eight more for what
+    // comes after it: doubling, division, slack, and the reference's own rounding.
+    static Tensor doubt_of(const Tensor& analysis) {
+        return analysis.to(at::kDouble).norm(2, 1) * (2 * (analysis.size(1) + 8) * 1.001 * 0x1p-24);
+    }
+
     std::vector<Half> make_halves(const std::map<std::string, Tensor>& kind, const Widths& widths, const Widths& planes,
                                   bool value) {
         std::vector<Half> halves;
@@ -258,11 +265,12 @@ class Codec {
                 for (int i = 0; i < 8; ++i) latents.push_back(8 * g + i);
             }
             const Tensor used = at::tensor(latents, at::kLong);
-            const Tensor synthesis = kind.at("synthesis")[head].index_select(1, used);
+            const Tensor synthesis = kind.at("synthesis")[head].index_select(1, used),
+                         analysis = kind.at("analysis")[head].index_select(0, used);
             halves.push_back({groups->data(), static_cast<int>(groups->size()), static_cast<int>(latents.size()),
                               keep(kind.at("mean")[head]), keep(kind.at("sink")[head]),
                               keep(kind.at("sink_scale")[head].index_select(0, used)),
-                              keep_matrix(kind.at("analysis")[head].index_select(0, used).t(), 2 * head + value),
+                              keep_matrix(analysis.t(), 2 * head + value), keep(doubt_of(analysis)),
                               keep_matrix(value ? synthesis.t() : synthesis, 2 * (widths.size() + head) + value),
                               nullptr, 0, 0});
             keep_parts(value ? synthesis : synthesis.t(), halves.back());

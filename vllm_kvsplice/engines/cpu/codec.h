@@ -55,6 +55,7 @@ struct Half {
     const float* sink_scale;   // [R]
     // Matrices for few rows, 64 columns after the other, so that they are read as they lie: none is at hand when a layer begins.
     const float* analysis;   // [D, R]
+    const float* doubt;      // [R]: how far off twice a latent summed in float32 may be, for a residual of norm 1
     const float* synthesis;  // keys [D, R], values [R, D]
     // Its columns, keys [R, D] and values [D, R], as sums of two bfloat16 matrices, `part` numbers apart; rows are filled up
     // with zeros to 64, and to a length of `depth`, a multiple of 32.

@@ -26,7 +26,6 @@ constexpr int kRegisterBytes = 16;
 #endif
 typedef float Register __attribute__((vector_size(kRegisterBytes)));
 typedef int32_t Wholes __attribute__((vector_size(kRegisterBytes)));
-typedef double Doubles __attribute__((vector_size(kRegisterBytes)));
 constexpr int kRegister = kRegisterBytes / sizeof(float);
 
 #define KV_INLINE inline __attribute__((always_inline))
@@ -106,17 +105,6 @@ KV_INLINE uint64_t spread(uint64_t packed, int bits) {
     uint64_t bytes = 0;
     for (int i = 0; i < 8; ++i) bytes |= (packed >> bits * i & mask & 0xff) << 8 * i;
     return bytes;
-#endif
-}
-
-// GCC 12 would convert quarters and join them.
-KV_INLINE Doubles widened(const float* x) {
-#if defined(__AVX512F__)
-    return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(x));
-#elif defined(__AVX2__)
-    return (Doubles)_mm256_cvtps_pd(_mm_loadu_ps(x));
-#else
-    return Doubles{x[0], x[1]};
 #endif
 }
 

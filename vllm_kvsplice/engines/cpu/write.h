@@ -8,33 +8,42 @@ namespace {
 
 // Multiply-adds. One token's take few microseconds, but its layer's matrices come from memory, and that two threads do sooner.
 constexpr int64_t kWorthThreadsWriting = 1 << 14;
-// Tokens that share a pass over the analysis matrix at most: every number of it is widened once a pass.
-constexpr int kTokens = kRegisterBytes == 64 ? 8 : 4;
+// Tokens whose latents are found, and looked up, together.
+constexpr int kTokens = 8;
+// Residuals of a larger norm, or of none, could overflow float32; what is smaller than the least may have underflown.
+constexpr float kLargestNorm = 1e18f, kLeastNorm = 2e-18f;
 
 inline uint8_t* first_byte(const Writing& writing, int64_t token) {
     const int64_t slot = writing.slots[token], block = writing.pages.block;
     return writing.pages.data + slot / block * writing.pages.block_stride + slot % block;
 }
 
+// What some tokens' keys or values of one head are beside the mean.
+struct Residuals {
+    float of[kTokens][kMaxDim], norm[kTokens];
+    bool first[kTokens];  // at position 0
+};
+
+// Their latents in some columns of the analysis, and how far off twice a latent may be.
+struct Latents {
+    float of[kTokens][kColumns], slack[kTokens][kColumns];
+};
+
 #ifdef __AVX512VBMI__
-// Where a group's table of codes has those of sixteen latents.
-KV_INLINE __m256i places_of(const double* latents) {
-    const __m512 narrow = _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_loadu_pd(latents))),
-                                             _mm512_cvtpd_ps(_mm512_loadu_pd(latents + 8)), 1);
+// Where a group's table of codes has those of sixteen latents, from twice the latents.
+KV_INLINE __m256i places_of(__m512 doubled) {
     // A latent that is no number gets the last code, as from the reference engine: minimum and maximum answer their second.
-    const __m512 doubled = _mm512_max_ps(_mm512_min_ps(narrow + narrow, splat(255)), splat(-256));
+    const __m512 within = _mm512_max_ps(_mm512_min_ps(doubled, splat(255)), splat(-256));
     constexpr int kUp = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
-    return _mm512_cvtepi32_epi16(_mm512_add_epi32(_mm512_cvt_roundps_epi32(doubled, kUp), _mm512_set1_epi32(256)));
+    return _mm512_cvtepi32_epi16(_mm512_add_epi32(_mm512_cvt_roundps_epi32(within, kUp), _mm512_set1_epi32(256)));
 }
 
-// Nearest levels of a group's latents, eight bytes a token: places of 9 bits in a table of eight registers. Fewer tokens than
-// four count as four.
-template <int T>
-KV_INLINE void find_codes(const Group& group, const double (*latents)[8], uint64_t* codes) {
-    __m512i places[2] = {};
-    each<(T + 3) / 4>([&](auto i) KV_LAMBDA {
+// Nearest levels of a group's latents of eight tokens, eight bytes a token: places of 9 bits in a table of eight registers.
+KV_INLINE __m512i look_up(const Group& group, const __m512 (&doubled)[4]) {
+    __m512i places[2];
+    each<2>([&](auto i) KV_LAMBDA {
         places[i] =
-            _mm512_inserti64x4(_mm512_castsi256_si512(places_of(latents[4 * i])), places_of(latents[4 * i + 2]), 1);
+            _mm512_inserti64x4(_mm512_castsi256_si512(places_of(doubled[2 * i])), places_of(doubled[2 * i + 1]), 1);
     });
     const __m512i bytes =
         _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(places[0])), _mm512_cvtepi16_epi8(places[1]), 1);
@@ -49,16 +58,30 @@ KV_INLINE void find_codes(const Group& group, const double (*latents)[8], uint64
     });
     const __m512i low = _mm512_mask_mov_epi8(found[0], second, found[1]),
                   high = _mm512_mask_mov_epi8(found[2], second, found[3]);
-    alignas(64) uint64_t all[8];
-    _mm512_store_si512(all, _mm512_mask_mov_epi8(low, last, high));
-    for (int t = 0; t < T; ++t) codes[t] = all[t];
+    return _mm512_mask_mov_epi8(low, last, high);
+}
+
+// Codes of the least and of the largest that latents of a group can be, eight bytes a token; tokens go by twos.
+KV_INLINE void find_codes(const Group& group, const Latents& latents, int column, int count, uint64_t* least_codes,
+                          uint64_t* largest_codes) {
+    const auto two = [](const float* a, const float* b) KV_LAMBDA {
+        return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(a)), _mm256_loadu_ps(b), 1);
+    };
+    __m512 least_doubled[4] = {}, largest_doubled[4] = {};
+    each<4>([&](auto i) KV_LAMBDA {
+        if (2 * i >= count) return;
+        const Floats latent = two(latents.of[2 * i] + column, latents.of[2 * i + 1] + column),
+                     slack = two(latents.slack[2 * i] + column, latents.slack[2 * i + 1] + column);
+        least_doubled[i] = latent + latent - slack;
+        largest_doubled[i] = latent + latent + slack;
+    });
+    _mm512_storeu_si512(least_codes, look_up(group, least_doubled));
+    _mm512_storeu_si512(largest_codes, look_up(group, largest_doubled));
 }
 #else
-// Nearest levels of eight latents of a group, a byte each.
-KV_INLINE uint64_t codes_of(const Group& group, const double* latents) {
+// Nearest levels of eight latents of a group, a byte each, from twice the latents.
+KV_INLINE uint64_t look_up(const Group& group, HalfFloats doubled) {
     typedef int32_t HalfInts __attribute__((vector_size(32)));
-    HalfFloats doubled;
-    for (int i = 0; i < 8; ++i) doubled[i] = 2 * static_cast<float>(latents[i]);
     // A latent that is no number gets the last code, as from the reference engine.
     doubled = doubled <= 255.0f ? doubled : HalfFloats{} + 255.0f;
     doubled = doubled >= -256.0f ? doubled : HalfFloats{} - 256.0f;
@@ -77,15 +100,27 @@ KV_INLINE uint64_t codes_of(const Group& group, const double* latents) {
 #endif
 }
 
-template <int T>
-KV_INLINE void find_codes(const Group& group, const double (*latents)[8], uint64_t* codes) {
-    for (int t = 0; t < T; ++t) codes[t] = codes_of(group, latents[t]);
+KV_INLINE void find_codes(const Group& group, const Latents& latents, int column, int count, uint64_t* least_codes,
+                          uint64_t* largest_codes) {
+    for (int t = 0; t < count; ++t) {
+        const HalfFloats latent = load<HalfFloats>(latents.of[t] + column),
+                         slack = load<HalfFloats>(latents.slack[t] + column);
+        least_codes[t] = look_up(group, latent + latent - slack);
+        largest_codes[t] = look_up(group, latent + latent + slack);
+    }
 }
 #endif
 
-// Position 0's latents have units of their own.
-inline void divide(double* latents, const float* scale) {
-    for (int i = 0; i < 8; ++i) latents[i] = scale[i] > 0 ? latents[i] / scale[i] : 0;
+// The code of one latent as the reference finds it: summed in float64 along its column of the analysis.
+inline uint64_t exact_code(const Group& group, const float* column, int64_t stride, const float* difference, int dim,
+                           const float* scale) {
+    double latent = 0;
+    for (int d = 0; d < dim; ++d) latent += static_cast<double>(column[d * stride]) * difference[d];
+    if (scale) latent = *scale > 0 ? latent / *scale : 0;
+    float doubled = 2 * static_cast<float>(latent);
+    doubled = doubled <= 255.0f ? doubled : 255.0f;
+    doubled = doubled >= -256.0f ? doubled : -256.0f;
+    return group.codes[static_cast<int>(__builtin_ceilf(doubled)) + 256];
 }
 
 // A group's codes of W bits into a token's byte planes: those of the largest power of two in W, then of what is left.
@@ -112,74 +147,78 @@ inline void ask_group(const Writing& writing, const Group& group, const int64_t*
             __builtin_prefetch(first_byte(writing, tokens[t]) + (group.plane + c) * writing.pages.block, 1);
 }
 
-// N groups from `first` of up to T tokens of one head and kind. Latents are summed in float64 like the reference's.
-template <int N, int T>
-KV_INLINE void write_groups(const Writing& writing, const Half& half, int first, const double (*difference)[kMaxDim],
-                            const int64_t* tokens, int count) {
+inline void find_norms(Residuals& residuals, int dim, int count) {
+    HalfFloats squares[8] = {};
+    for (int t = 0; t < count; ++t)
+        for (int d = 0; d < dim; d += 8) {
+            const HalfFloats x = load<HalfFloats>(residuals.of[t] + d);
+            squares[t] += x * x;
+        }
+    transpose(squares);
+    for (int i = 1; i < 8; ++i) squares[0] += squares[i];
+    for (int t = 0; t < count; ++t) residuals.norm[t] = __builtin_sqrtf(squares[0][t]) + kLeastNorm;
+}
+
+// The reference sums latents in float64. Here they are summed in float32, which is off by no more than `doubt` times the
+// residual's norm, and only where a threshold lies within that, in one vector of a hundred, a latent is summed once more.
+inline void find_latents(const Half& half, const float* matrix, int first, int columns, int dim,
+                         const Residuals& residuals, int count, Latents& found) {
+    combine({residuals.of[0], kMaxDim, dim, matrix, columns, columns, found.of[0], kColumns}, count);
+    for (int t = 0; t < count; ++t) {
+        float *latent = found.of[t], *slack = found.slack[t];
+        for (int i = 0; i < columns; i += 8)
+            store(slack + i, load<HalfFloats>(half.doubt + first + i) * residuals.norm[t]);
+        // Position 0's latents have units of their own.
+        for (int i = 0; residuals.first[t] && i < columns; ++i) {
+            const float scale = half.sink_scale[first + i], inverse = scale > 0 ? 1 / scale : 0;
+            latent[i] *= inverse;
+            slack[i] *= inverse;
+        }
+    }
+}
+
+// Codes of some tokens of one head and kind, into their pages.
+inline void write_half(const Writing& writing, const Half& half, const Tokens& source, bool key, int head,
+                       const int64_t* tokens, int count) {
     static constexpr decltype(&write_group<1>) by_width[] = {write_group<1>, write_group<2>, write_group<3>,
                                                              write_group<4>, write_group<5>, write_group<6>,
                                                              write_group<7>, write_group<8>};
-    constexpr int kLanes = sizeof(Doubles) / sizeof(double), kParts = 8 / kLanes;
-    // A prompt has them at hand.
-    if (writing.tokens <= kTokens)
-        for (int n = 0; n < N; ++n) ask_group(writing, half.groups[first + n], tokens, count);
-    const int column = 8 * first / kColumns * kColumns, stride = least(kColumns, half.latents - column);
-    const float* matrix = half.analysis + column * writing.layer->dim + 8 * first - column;
-    Doubles sums[N][kParts][T] = {};
-    for (int d = 0; d < writing.layer->dim; ++d) {
-        ask(matrix + d * stride + kFloatsAhead, 8 * N * sizeof(float));
-        each<N * kParts>([&](auto i) KV_LAMBDA {
-            constexpr int n = i / kParts, part = i % kParts;
-            const Doubles wide = widened(matrix + d * stride + 8 * n + kLanes * part);
-            each<T>([&](auto t) KV_LAMBDA { sums[n][part][t] += wide * difference[t][d]; });
-        });
-    }
-    double latents[N][most(T, 4)][8];
-    if constexpr (T < 4) std::memset(latents, 0, sizeof latents);
-    each<N * kParts * T>([&](auto i) KV_LAMBDA {
-        constexpr int n = i / T / kParts, part = i / T % kParts, t = i % T;
-        store(latents[n][t] + kLanes * part, sums[n][part][t]);
-    });
-    for (int n = 0; n < N; ++n) {
-        for (int t = 0; t < count; ++t)
-            if (writing.positions[tokens[t]] == 0) divide(latents[n][t], half.sink_scale + 8 * (first + n));
-        uint64_t codes[T];
-        find_codes<T>(half.groups[first + n], latents[n], codes);
-        by_width[half.groups[first + n].width - 1](writing, half.groups[first + n], codes, tokens, count);
-    }
-}
-
-// All groups from `first` on, N at once and fewer in the end.
-template <int N, int T>
-void write_all(const Writing& writing, const Half& half, int first, const double (*difference)[kMaxDim],
-               const int64_t* tokens, int count) {
-    for (; first + N <= half.group_count; first += N)
-        write_groups<N, T>(writing, half, first, difference, tokens, count);
-    if constexpr (N > 1) write_all<N / 2, T>(writing, half, first, difference, tokens, count);
-}
-
-// Codes of up to T tokens of one head and kind, into their pages.
-template <int T>
-void write_half(const Writing& writing, const Half& half, const Tokens& source, bool key, int head,
-                const int64_t* tokens, int count) {
     const int dim = writing.layer->dim;
-    // Widened once, so that every group's products read them as they are.
-    double difference[T][kMaxDim];
-    for (int t = 0; t < T; ++t) {
-        if (t >= count) {
-            std::memset(difference[t], 0, dim * sizeof(double));
-            continue;
-        }
-        float x[kMaxDim], narrow[kMaxDim];
+    Residuals residuals;
+    for (int t = 0; t < count; ++t) {
+        float x[kMaxDim], *difference = residuals.of[t];
         const int64_t at = tokens[t] * source.token_stride + head * source.head_stride;
         // Of the pass after next: a twentieth of the time.
-        ask_row(source.data, source.dtype, at + 2 * T * source.token_stride, dim);
+        ask_row(source.data, source.dtype, at + 2 * kTokens * source.token_stride, dim);
         load_row(source.data, source.dtype, at, dim, x);
-        residual(*writing.layer, half, key, writing.positions[tokens[t]], x, narrow);
-        for (int d = 0; d < dim; ++d) difference[t][d] = narrow[d];
+        residual(*writing.layer, half, key, writing.positions[tokens[t]], x, difference);
+        residuals.first[t] = writing.positions[tokens[t]] == 0;
     }
-    // Eight sums at once: enough that none waits for its last term.
-    write_all<kRegisterBytes == 64 ? 8 / T : 1, T>(writing, half, 0, difference, tokens, count);
+    find_norms(residuals, dim, count);
+    for (int first = 0; first < half.latents; first += kColumns) {
+        const int columns = least(kColumns, half.latents - first);
+        const float* matrix = half.analysis + first * dim;
+        const Group* groups = half.groups + first / 8;
+        // A prompt has them at hand.
+        for (int g = 0; writing.tokens <= kTokens && g < columns / 8; ++g) ask_group(writing, groups[g], tokens, count);
+        Latents latents;
+        find_latents(half, matrix, first, columns, dim, residuals, count, latents);
+        for (int g = 0; g < columns / 8; ++g) {
+            uint64_t codes[kTokens], others[kTokens];
+            find_codes(groups[g], latents, 8 * g, count, codes, others);
+            for (int t = 0; t < count; ++t) {
+                uint64_t doubtful = residuals.norm[t] < kLargestNorm ? codes[t] ^ others[t] : ~0ull;
+                for (int i = 0; doubtful; ++i, doubtful >>= 8) {
+                    if (!(doubtful & 0xff)) continue;
+                    const float* scale = residuals.first[t] ? half.sink_scale + first + 8 * g + i : nullptr;
+                    const uint64_t code =
+                        exact_code(groups[g], matrix + 8 * g + i, columns, residuals.of[t], dim, scale);
+                    codes[t] = (codes[t] & ~(0xffull << 8 * i)) | code << 8 * i;
+                }
+            }
+            by_width[groups[g].width - 1](writing, groups[g], codes, tokens, count);
+        }
+    }
 }
 
 inline void write(const Writing& writing) {
@@ -203,8 +242,7 @@ inline void write(const Writing& writing) {
         }
         const Half& half = (key ? writing.layer->key : writing.layer->value)[head];
         const Tokens& source = key ? writing.key : writing.value;
-        const auto write_tokens = count > 4 ? write_half<kTokens> : count > 1 ? write_half<4> : write_half<1>;
-        write_tokens(writing, half, source, key, head, tokens, count);
+        write_half(writing, half, source, key, head, tokens, count);
     }
 }
 
