@@ -20,6 +20,7 @@ from vllm_kvsplice.rotary import Rotary
 Source = str | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_CONTEXT = 1024
 # Angles that change with the length of the text are no linear function of the position.
 _NONLINEAR_ROPE = ("dynamic", "longrope")
 # Relative error allowed between rotated keys and keys at shifted positions. SmolLM2 in bfloat16: 0.01 with the right
@@ -109,10 +110,19 @@ def longest_context(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
 
 
-def check_context(model: PreTrainedModel, context: int) -> None:
-    """Raise `KVSpliceError` if windows of so many tokens are longer than what `model` reads."""
-    if context > (longest := longest_context(model)):
+def window_length(model: PreTrainedModel, context: int | None) -> int:
+    """Tokens of a window of text: `context`, or without it `DEFAULT_CONTEXT` where `model` reads so many.
+
+    Raises:
+        KVSpliceError: `context` is longer than what the model reads.
+
+    """
+    longest = longest_context(model)
+    if context is None:
+        return min(DEFAULT_CONTEXT, longest)
+    if context > longest:
         raise KVSpliceError(f"windows of {context} tokens exceed the {longest} the model reads; lower --context")
+    return context
 
 
 def rotary_of(model: PreTrainedModel) -> Rotary | None:

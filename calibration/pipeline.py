@@ -11,7 +11,7 @@ from calibration.evaluate import Evaluation, Mode, compressing_tap, evaluate
 from calibration.fit import FittedCodec
 from calibration.fit.errors import error_table, head_errors
 from calibration.fit.finetune import Schedule, finetune
-from calibration.models import Source, check_context, load_model, short_name
+from calibration.models import Source, load_model, short_name, window_length
 from calibration.plan import Plan, budget_range, plan_budget
 from calibration.planners import make_plan
 from calibration.planners.files import PlanFile, describe
@@ -179,7 +179,7 @@ def judge(
     """
     model, _ = load_model(source, torch.float32)
     artifact.check_model(model.config)
-    check_context(model, windows.shape[1])
+    window_length(model, windows.shape[1])
     codecs = {index: codec.to(model.device) for index, codec in artifact.codecs.items()}
     with steps(description, len(windows)) as progress:
         found = evaluate(model, compressing_tap(codecs, mode), windows, progress, reading)

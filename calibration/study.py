@@ -16,7 +16,7 @@ from calibration.fim.attention import WINDOWS as FIM_WINDOWS
 from calibration.fim.attention import attention_spectra, by_head
 from calibration.fim.runs import read_runs
 from calibration.fit import FitByHead, FittedCodec
-from calibration.models import Source, check_context, fast_dtype, load_model, longest_context, rotary_of, short_name
+from calibration.models import Source, fast_dtype, load_model, rotary_of, short_name, window_length
 from calibration.plan import Plan, budget_for_bits, budget_range
 from calibration.planners import Evidence, check_files
 from calibration.planners.tiers import Metrics
@@ -43,7 +43,6 @@ QUALITY_WINDOWS = 2
 SEARCH_WINDOWS = 2
 # To finetune on, and to judge that by.
 TRAINING_WINDOWS, FINETUNE_WINDOWS = 96, 2
-DEFAULT_CONTEXT = 1024
 PACKAGES = ("vllm-kvsplice", "torch", "transformers")
 
 
@@ -179,8 +178,7 @@ def study(source: Source, config: CalibrationConfig, statistics_file: Path | Non
     shape = ModelShape.of(model.config)
     if shape.head_dim % GROUP:
         raise KVSpliceError(f"head size {shape.head_dim} is not a multiple of {GROUP} and cannot be compressed")
-    context = config.context or min(DEFAULT_CONTEXT, longest_context(model))
-    check_context(model, context)
+    context = window_length(model, config.context)
     rotary = rotary_of(model)
     count = max(1, config.tokens // context)
     windows = calibration_windows(tokenizer, corpus.fit, count - corpus.own(count), context)
@@ -193,22 +191,22 @@ def study(source: Source, config: CalibrationConfig, statistics_file: Path | Non
 
 
 def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, config: CalibrationConfig, context: int) -> HeldOut:
-    sizes = (
-        QUALITY_WINDOWS,
-        SEARCH_WINDOWS if config.max_ppl_increase is not None else 0,
-        FINETUNE_WINDOWS if config.finetune else 0,
-    )
+    search = SEARCH_WINDOWS if config.max_ppl_increase is not None else 0
+    finetuning = FINETUNE_WINDOWS if config.finetune else 0
+    needed = QUALITY_WINDOWS + search + finetuning
     try:
-        windows = token_windows(tokenizer, text, sum(sizes), context)
+        windows = token_windows(tokenizer, text, QUALITY_WINDOWS + SEARCH_WINDOWS + FINETUNE_WINDOWS, context)
     except KVSpliceError as error:
         raise KVSpliceError(f"of what is held out to judge on, {error}") from error
-    if len(windows) < sum(sizes) > QUALITY_WINDOWS:
+    if len(windows) < needed > QUALITY_WINDOWS:
         raise KVSpliceError(
-            f"the text has {len(windows)} held-out windows of {context} tokens, and {sum(sizes)} are needed to search or "
+            f"the text has {len(windows)} held-out windows of {context} tokens, and {needed} are needed to search or "
             "finetune; give more text or a lower --context"
         )
-    quality, search, finetuning = windows[: sizes[0]], windows[sizes[0] :][: sizes[1]], windows[sizes[0] + sizes[1] :]
-    return HeldOut(quality, search, finetuning)
+    # Every third window first: each kind comes from all over the text, and quality always from the same places.
+    ordered = windows[sorted(range(len(windows)), key=lambda index: index % 3)]
+    others = ordered[QUALITY_WINDOWS:needed]
+    return HeldOut(ordered[:QUALITY_WINDOWS], others[:search], others[search:])
 
 
 def _measure(

@@ -62,7 +62,13 @@ def test_an_exact_prompt_must_leave_something_to_judge(folder: Path) -> None:
 
 def test_windows_longer_than_the_model_reads_are_refused(folder: Path) -> None:
     with pytest.raises(KVSpliceError, match="windows of 1024 tokens exceed the 512 the model reads; lower --context"):
-        run("eval", folder / "model", folder / "artifact", "--text", folder / "text.txt", "--windows", 1)
+        judge(folder, "--context", 1024)
+
+
+def test_without_a_context_windows_are_as_long_as_the_model_reads(folder: Path) -> None:
+    text = ("--text", folder / "text.txt", "--windows", 1, "--json", folder / "whole.json")
+    run("eval", folder / "model", folder / "artifact", *text)
+    assert json.loads((folder / "whole.json").read_text())["context"] == 512
 
 
 @pytest.mark.parametrize(
@@ -93,6 +99,23 @@ def test_a_plan_that_is_none_is_refused_before_anything_is_measured(folder: Path
     # There is no model M.
     with pytest.raises(KVSpliceError, match=message):
         run("calibrate", "M", "--out", folder / "never", "--plan", folder / "bad.json")
+
+
+@pytest.mark.parametrize("change", [None, "little"])
+def test_measured_plans_without_numbers_are_refused(folder: Path, change: object) -> None:
+    run("plan", folder / "model", "--text", folder / "text.txt", "--out", folder / "a plan.json", *SMALL)
+    row = {"planner": "budget", "bytes_per_token": 320, "predicted_percent": 1.0, "change_percent": change}
+    (folder / "measured.json").write_text(json.dumps([row]))
+    with pytest.raises(KVSpliceError, match=r"cannot read measured plans from .*make bench-planners"):
+        run(
+            "report",
+            "--plan",
+            folder / "a plan.json",
+            "--measured",
+            folder / "measured.json",
+            "--out",
+            folder / "p.html",
+        )
 
 
 class TestServe:

@@ -13,7 +13,7 @@ from rich.text import Text
 from vllm_kvsplice import __version__
 from vllm_kvsplice.commands import analysis, recipes
 from vllm_kvsplice.commands.compare import compare
-from vllm_kvsplice.commands.options import ArtifactDir, Model, output_file
+from vllm_kvsplice.commands.options import ArtifactDir, Context, Model, output_file
 from vllm_kvsplice.commands.printing import console, print_summary, print_width_map
 from vllm_kvsplice.errors import KVSpliceError
 
@@ -56,7 +56,7 @@ def evaluate(
     model: Model,
     artifact: ArtifactDir,
     text: Annotated[str, typer.Option(help="A file, a directory, pydoc or wikitext (their held-out parts).")],
-    context: Annotated[int, typer.Option(help="Tokens per window.", min=16)] = 1024,
+    context: Context = None,
     windows: Annotated[int, typer.Option(help="Windows, spread evenly over the text.", min=1)] = 12,
     mode: Annotated[
         Mode, typer.Option(help="all: position 0 exact. serving: exactly what the server reads.")
@@ -78,24 +78,23 @@ def evaluate(
 
     Example: `kvsplice eval $(kvsplice model) smollm2-4bit --text pydoc --windows 12 --recent 32`
     """
-    from transformers import AutoTokenizer
+    import torch
 
     from calibration.attention import Reading
+    from calibration.models import load_model, window_length
     from calibration.pipeline import judge
     from calibration.text import read_text, token_windows
     from vllm_kvsplice.hub import from_pretrained
 
     loaded = from_pretrained(artifact, model)
     content = read_text(text)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise KVSpliceError(f"cannot load the tokenizer of {model}; give a model directory or Hub name") from error
-    tokens = token_windows(tokenizer, content, windows, context)
-    if exact_prompt >= context:
-        raise KVSpliceError(f"--exact-prompt {exact_prompt} leaves nothing to judge of windows of {context} tokens")
+    in_memory = load_model(model, torch.float32)
+    length = window_length(in_memory[0], context)
+    if exact_prompt >= length:
+        raise KVSpliceError(f"--exact-prompt {exact_prompt} leaves nothing to judge of windows of {length} tokens")
+    tokens = token_windows(in_memory[1], content, windows, length)
     reading = Reading(recent, exact_prompt)
-    result = judge(model, loaded, tokens, mode.value, "Measuring perplexity", reading)
+    result = judge(in_memory, loaded, tokens, mode.value, "Measuring perplexity", reading)
     figures = {
         "baseline_ppl": result.baseline_ppl,
         "ppl": result.ppl,
@@ -106,7 +105,7 @@ def evaluate(
         "baseline_bytes_per_token": loaded.baseline_bytes_per_token,
         "tokens": result.tokens,
         "mode": mode.value,
-        "context": context,
+        "context": length,
         "recent_window": recent,
         "exact_prompt": exact_prompt,
     }

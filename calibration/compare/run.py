@@ -11,7 +11,7 @@ from calibration.compare.harness import Row, compare
 from calibration.compare.methods import KVSplice, Method
 from calibration.compare.peers import PEERS, rank_peers
 from calibration.compare.spline_first import spline_first
-from calibration.models import check_context, load_model
+from calibration.models import load_model, window_length
 from calibration.plan import plan_budget
 from calibration.progress import steps
 from calibration.recipe import CalibrationConfig
@@ -35,7 +35,7 @@ class Settings:
         text: to judge on, as for `calibration.text.read_text`.
         fit: what to fit our codecs and truncated rank on; None: neither.
         artifacts: directories of artifacts that are judged as well.
-        windows, context, recent: windows of text, their tokens, and W of the exact window.
+        windows, context, recent: windows of text, their tokens as of `window_length`, and W of the exact window.
         statistics: measurements are kept here, as in `calibration.study.study`.
 
     """
@@ -45,7 +45,7 @@ class Settings:
     fit: CalibrationConfig | None
     artifacts: Sequence[Path] = ()
     windows: int = 12
-    context: int = 1024
+    context: int | None = None
     recent: int = 0
     statistics: Path | None = None
 
@@ -71,8 +71,7 @@ def run(settings: Settings) -> Iterator[Row]:
         for path in settings.artifacts
     ]
     model, tokenizer = load_model(settings.model, torch.float32)
-    check_context(model, settings.context)
-    windows = token_windows(tokenizer, content, settings.windows, settings.context)
+    windows = token_windows(tokenizer, content, settings.windows, window_length(model, settings.context))
     for _, artifact in given:
         artifact.check_model(model.config)
     methods = [*PEERS, *(_fitted(settings, fit, model) if fit else ())]

@@ -247,6 +247,20 @@ def refuse_to_measure(*args: object, **options: object) -> None:
     raise AssertionError("measured again")
 
 
+class TestHeldOut:
+    def test_quality_is_judged_on_the_same_text_whatever_else_judges(self, llama, recipe):
+        windows = {}
+        for changes in ({}, {"finetune": True}, {"bits": None, "max_ppl_increase": 1}):
+            held_out = study.study(str(llama), recipe.model_copy(update=changes)).held_out
+            windows[str(changes)] = held_out.quality
+            others = torch.cat((held_out.search, held_out.finetune))
+            assert len(others) == 2 * len(changes.keys() & {"finetune", "max_ppl_increase"})
+            assert not (others[:, None] == held_out.quality).all(-1).any()
+        first, *rest = windows.values()
+        assert len(first) == study.QUALITY_WINDOWS
+        assert all(torch.equal(first, other) for other in rest)
+
+
 class TestBudget:
     # A token of a dense layer takes 256 bytes, of all compressed ones at most 128 each.
     @pytest.mark.parametrize(("family", "budget"), [("llama", 250), ("gemma3", 500)])

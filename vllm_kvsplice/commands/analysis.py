@@ -1,6 +1,7 @@
 """`kvsplice fim` and `kvsplice report`: Fisher information as people read it."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -125,10 +126,12 @@ def report(
 def _rows(file: Path) -> "list[Row]":
     try:
         rows = json.loads(file.read_text())
-        return [
-            {name: row[name] for name in ("planner", "bytes_per_token", "predicted_percent", "change_percent")}
-            for row in rows
-        ]
+        names = ("planner", "bytes_per_token", "predicted_percent", "change_percent")
+        found = [{name: row[name] for name in names} for row in rows]
+        for row in found:
+            # `math` refuses what is no number.
+            math.fsum(row[name] for name in names[1:])
+        return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise KVSpliceError(
             f"cannot read measured plans from {file} ({error}); make bench-planners writes them"

@@ -25,7 +25,7 @@ def compare(
         Optional[list[str]], typer.Option(help="Judge this artifact as well; may be given several times.")
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows, spread evenly over the text.", min=1)] = 12,
-    context: Annotated[int, typer.Option(help="Tokens per window.", min=16)] = 1024,
+    context: options.Context = None,
     recent: Annotated[int, typer.Option(help="Exact window of every method that has none of its own.", min=0)] = 0,
     tokens: options.Tokens = None,
     statistics: options.Statistics = None,

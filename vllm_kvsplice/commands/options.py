@@ -85,7 +85,9 @@ PlanJson = Annotated[
 ]
 Fim = Annotated[Optional[Path], typer.Option(help="FIM metrics for --planner tiers, instead of measuring them.")]
 Recipe = Annotated[Optional[Path], typer.Option(help="A recipe like those in configs/; options override it.")]
-Context = Annotated[Optional[int], typer.Option(help="Tokens per window of text.  [default: 1024]")]
+Context = Annotated[
+    Optional[int], typer.Option(help="Tokens per window of text.  [default: 1024, or what the model reads]", min=16)
+]
 Seed = Annotated[Optional[int], typer.Option(help="Seed of all sampling.  [default: 0]")]
 Statistics = Annotated[
     Optional[Path],
