@@ -12,7 +12,9 @@ import pytest
 
 from tests.artifact.samples import Draft, Files, Spoil, at, files_of, frame, nodes, sample, sign
 from vllm_kvsplice import cli
-from vllm_kvsplice.artifact import HEADER_LIMIT, ArtifactError, load_artifact, parse_artifact
+from vllm_kvsplice.artifact import load_artifact, parse_artifact
+from vllm_kvsplice.artifact.contents import HEADER_LIMIT
+from vllm_kvsplice.errors import ArtifactError
 
 GOOD = files_of(sample())
 BLOB = GOOD.tensors

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from tests.artifact.samples import Draft, Files, at, files_of, frame, nodes, sample, sign
 from tests.artifact.test_corruption import CASES, spoiled
-from vllm_kvsplice.artifact import ArtifactError, parse_artifact
+from vllm_kvsplice.artifact import parse_artifact
+from vllm_kvsplice.errors import ArtifactError
 
 EXAMPLES = int(os.environ.get("KVSPLICE_FUZZ_EXAMPLES", "2000"))
 BASES = {"rotary": files_of(sample()), "plain": files_of(sample(rotary=False))}

@@ -8,16 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.artifact.samples import Files, files_of, sample
-from vllm_kvsplice import artifact as module
-from vllm_kvsplice.artifact import (
-    MANIFEST,
-    MANIFEST_LIMIT,
-    TENSORS,
-    TENSORS_LIMIT,
-    ArtifactError,
-    load_artifact,
-    save_artifact,
-)
+from vllm_kvsplice.artifact import MANIFEST, TENSORS, load_artifact, save_artifact
+from vllm_kvsplice.artifact.files import MANIFEST_LIMIT, TENSORS_LIMIT
+from vllm_kvsplice.errors import ArtifactError
 
 GOOD = files_of(sample())
 OTHER = files_of(sample(seed=1))
@@ -155,7 +148,7 @@ def test_unreadable_file_is_named(folder: Path, name: str, monkeypatch) -> None:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path, *arguments, **options)
 
-    monkeypatch.setattr(module.os, "open", deny)
+    monkeypatch.setattr(os, "open", deny)
     assert f"{name} cannot be read" in refusal(folder)
 
 
@@ -164,8 +157,8 @@ def test_failing_disk_is_refused(folder: Path, name: str, monkeypatch) -> None:
     def fail(path: Path, *arguments, **options):
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(module.os, "fdopen", fail)
-    monkeypatch.setattr(module.os, "open", fail)
+    monkeypatch.setattr(os, "fdopen", fail)
+    monkeypatch.setattr(os, "open", fail)
     assert "cannot be read" in refusal(folder)
 
 
@@ -200,7 +193,7 @@ def after_reading(monkeypatch, name: str, change) -> None:
             change()
         return real(path, *arguments, **options)
 
-    monkeypatch.setattr(module.os, "open", open_late)
+    monkeypatch.setattr(os, "open", open_late)
 
 
 def test_artifact_swapped_between_its_files_is_refused(folder: Path, monkeypatch) -> None:
@@ -224,7 +217,7 @@ def test_file_resized_while_open_is_refused(folder: Path, size: int, monkeypatch
             os.truncate(folder / TENSORS, size)
         return found
 
-    monkeypatch.setattr(module.os, "fstat", resize)
+    monkeypatch.setattr(os, "fstat", resize)
     assert "SHA-256" in refusal(folder)
 
 

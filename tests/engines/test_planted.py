@@ -21,7 +21,7 @@ from tests.engines.checks import (
     check_strided,
     check_window_store,
 )
-from vllm_kvsplice import artifact as artifact_module
+from vllm_kvsplice.artifact import contents
 from vllm_kvsplice.codec import LayerCodec
 from vllm_kvsplice.engines import Batch, Engine, Window, reference
 
@@ -225,6 +225,6 @@ WRONG_SLICES = {
 
 @pytest.mark.parametrize("slices", WRONG_SLICES.values(), ids=WRONG_SLICES)
 def test_planted_wrong_rank_slice_is_caught(engine, monkeypatch, slices):
-    monkeypatch.setattr(artifact_module, "heads_of_rank", slices)
+    monkeypatch.setattr(contents, "heads_of_rank", slices)
     with pytest.raises(AssertionError, match="broken promise"):
         check_ranks(engine, heads=6, ranks=3)

@@ -1,144 +1,26 @@
-"""The artifact: what calibration exports and the server loads. Format in docs/artifact.md.
-
-A directory with `kvsplice.json` (the manifest, checked by the models below) and `kvsplice.safetensors` (float32 tensors).
-The manifest holds the SHA-256 of the tensors' file, so the manifest's own SHA-256 names the whole artifact: its digest.
-Nothing in an artifact is ever executed, and nothing is believed before it is checked.
-"""
+"""An artifact in memory: from the contents of its two files, and back."""
 
 import hashlib
 import json
-import os
-import shutil
-import stat
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from vllm_kvsplice.artifact.manifest import MANIFEST, Manifest, ModelShape, Quality, parse_manifest
 from vllm_kvsplice.codec import HIGHEST_LEVEL, LEVELS, LOWEST_LEVEL, KindCodec, LayerCodec
 from vllm_kvsplice.errors import ArtifactError
-from vllm_kvsplice.layout import GROUP, MAX_WIDTH, LayerLayout
 from vllm_kvsplice.rotary import Rotary
 
-MANIFEST = "kvsplice.json"
 TENSORS = "kvsplice.safetensors"
-# On the Hub an artifact has a model card beside it, which nothing here reads.
-CARD = "README.md"
-VERSION = 1
-MANIFEST_LIMIT = 4 << 20
-TENSORS_LIMIT = 4 << 30
 HEADER_LIMIT = 1 << 20
 BASELINE_BITS = 16
-
-Count = Annotated[int, Field(ge=1, le=1 << 20)]
-Index = Annotated[int, Field(ge=0, lt=1 << 20)]
-Width = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ModelShape(_Strict):
-    """What a model must share with the one that was calibrated. `rope` is canonical JSON, "null" without rotation."""
-
-    model_type: str
-    num_layers: Count
-    num_heads: Count
-    num_kv_heads: Count
-    head_dim: Count
-    hidden_size: Count
-    vocab_size: Count
-    rope: str
-
-    @classmethod
-    def of(cls, config: Any) -> "ModelShape":
-        """The shape in a Hugging Face model configuration (of the text part, if it has several)."""
-        config = config.get_text_config()
-        if not getattr(config, "num_attention_heads", None):
-            raise ArtifactError(
-                f"a model of type {config.model_type} has no attention heads whose cache could be compressed"
-            )
-        rope = getattr(config, "rope_parameters", None)
-        return cls(
-            model_type=config.model_type,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
-            rope=json.dumps(rope, sort_keys=True, default=str),
-        )
-
-
-class RotaryShape(_Strict):
-    """Number of rotated pairs of dimensions, how they are paired, and layers left out (see `vllm_kvsplice.rotary`)."""
-
-    pairs: Count
-    interleaved: bool
-    skips: tuple[Index, ...] = ()
-
-
-class LayerPlan(_Strict):
-    """Width in bits of each group of 8 latents, [H][D / 8], of one compressed layer."""
-
-    key: tuple[tuple[Width, ...], ...]
-    value: tuple[tuple[Width, ...], ...]
-
-    @cached_property
-    def layout(self) -> LayerLayout:
-        return LayerLayout(self.key, self.value)
-
-
-class Quality(_Strict):
-    """Perplexity on text that was not calibrated on; the fields of ``kvsplice eval --json``."""
-
-    mode: Literal["all", "serving"]
-    baseline_ppl: float
-    ppl: float
-    change_percent: float
-    tokens: int
-    context: int
-
-
-class Provenance(_Strict):
-    """How the artifact came to be. `expected_change_percent` is what the planner expected of perplexity."""
-
-    model: str
-    text: str
-    text_sha256: str
-    tokens: int
-    context: int
-    seed: int
-    fit: str
-    planner: str
-    requested: str
-    expected_change_percent: float
-    created: str
-    versions: dict[str, str]
-
-
-class Manifest(_Strict):
-    """`kvsplice.json`. A layer that is null keeps its dense cache."""
-
-    format: Literal["kvsplice"] = "kvsplice"
-    version: Literal[1] = 1
-    model: ModelShape
-    rotary: RotaryShape | None
-    layers: tuple[LayerPlan | None, ...]
-    provenance: Provenance
-    quality: Quality | None
-    tensors_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -288,80 +170,19 @@ def expected_tensors(manifest: Manifest) -> dict[str, tuple[int, ...]]:
 
 def make_artifact(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Artifact:
     """A checked artifact from its parts; `manifest.tensors_sha256` is filled in here."""
-    return parse_artifact(*_serialise(manifest, tensors))
+    return parse_artifact(*serialise(manifest, tensors))
 
 
-def _serialise(manifest: Manifest, tensors: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
+def serialise(manifest: Manifest, tensors: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
+    """Contents of both files; `manifest.tensors_sha256` is filled in here."""
     blob = safetensors.torch.save({name: tensor.float().contiguous() for name, tensor in tensors.items()})
     manifest = manifest.model_copy(update={"tensors_sha256": hashlib.sha256(blob).hexdigest()})
     return manifest.model_dump_json(indent=1).encode(), blob
 
 
-def save_artifact(artifact: Artifact, directory: Path) -> Artifact:
-    """Write an artifact; what stood in `directory` is replaced only once everything is written. Returns `artifact`.
-
-    Raises:
-        ArtifactError: `directory` holds something other than an artifact.
-        OSError: the disk is full or not writable; `directory` is then as it was.
-
-    """
-    check_target(directory)
-    directory = directory.absolute()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        (staging / "new").mkdir()
-        for name, content in zip((MANIFEST, TENSORS), _serialise(artifact.manifest, artifact.tensors), strict=True):
-            (staging / "new" / name).write_bytes(content)
-        _swap(staging / "new", directory, staging / "old")
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return artifact
-
-
-def _swap(new: Path, directory: Path, old: Path) -> None:
-    """Put `new` in the place of `directory`, or leave everything as it was."""
-    if directory.exists():
-        directory.rename(old)
-    try:
-        new.rename(directory)
-    except BaseException:
-        if old.exists():
-            old.rename(directory)
-        raise
-
-
-def check_target(directory: Path) -> None:
-    """Raise `ArtifactError` if writing an artifact to `directory` would overwrite anything but an artifact."""
-    if directory.exists() and (not directory.is_dir() or set(os.listdir(directory)) - {MANIFEST, TENSORS, CARD}):
-        raise ArtifactError(f"{directory} exists and is no artifact; choose another --out directory")
-    if Path.cwd().is_relative_to(directory.resolve()):
-        raise ArtifactError(
-            f"{directory} is the directory you are in, which would be replaced; choose another --out directory"
-        )
-
-
-def load_artifact(directory: Path | str) -> Artifact:
-    """Read and check the artifact in `directory`.
-
-    Raises:
-        ArtifactError: anything at all is wrong with it; the message says what, and what to do.
-
-    """
-    root = Path(directory)
-    if not os.path.isdir(root):
-        raise ArtifactError(f"there is no artifact at {root}; make one with: kvsplice calibrate MODEL --out {root}")
-    try:
-        return parse_artifact(_read(root, MANIFEST, MANIFEST_LIMIT), _read(root, TENSORS, TENSORS_LIMIT))
-    except ArtifactError as error:
-        raise ArtifactError(
-            f"the artifact at {root} cannot be used: {error}; make it anew with: kvsplice calibrate MODEL --out {root}"
-        ) from error
-
-
 def parse_artifact(manifest_bytes: bytes, tensor_bytes: bytes) -> Artifact:
     """Check the two files' contents; raises `ArtifactError` with the reason alone."""
-    manifest = _parse_manifest(manifest_bytes)
+    manifest = parse_manifest(manifest_bytes)
     if hashlib.sha256(tensor_bytes).hexdigest() != manifest.tensors_sha256:
         raise ArtifactError(f"{TENSORS} is not the file that {MANIFEST} was written with (its SHA-256 differs)")
     expected = expected_tensors(manifest)
@@ -373,95 +194,6 @@ def parse_artifact(manifest_bytes: bytes, tensor_bytes: bytes) -> Artifact:
     artifact = Artifact(manifest, tensors, hashlib.sha256(manifest_bytes).hexdigest())
     _check_values(artifact)
     return artifact
-
-
-def _read(root: Path, name: str, limit: int) -> bytes:
-    """The bytes of a regular file of at most `limit`, read once. Links may not lead out of the artifact.
-
-    A Hugging Face cache is the exception: its snapshots are links into the `blobs` folder of the same repository.
-    """
-    path = root / name
-    allowed = [root.resolve()]
-    if "snapshots" in root.resolve().parts:
-        parts = root.resolve().parts
-        last = len(parts) - 1 - parts[::-1].index("snapshots")
-        allowed.append(Path(*parts[:last]) / "blobs")
-    try:
-        resolved = path.resolve(strict=True)
-        if not any(resolved.is_relative_to(folder) for folder in allowed):
-            raise ArtifactError(f"{name} is a link out of the artifact")
-        with open(resolved, "rb", opener=_open_as_is) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ArtifactError(f"{name} is not a regular file")
-            if status.st_size > limit:
-                raise ArtifactError(f"{name} has {status.st_size} bytes, more than the {limit} allowed")
-            return file.read(limit)
-    except FileNotFoundError:
-        raise ArtifactError(f"{name} is missing") from None
-    except (OSError, RuntimeError) as error:
-        raise ArtifactError(f"{name} cannot be read ({error})") from error
-
-
-def _open_as_is(path: str, flags: int) -> int:
-    """Neither follow a link that has just appeared nor wait for whoever writes into a pipe."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-
-
-def _parse_manifest(text: bytes) -> Manifest:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise ArtifactError(f"{MANIFEST} names a field twice")
-        return dict(pairs)
-
-    def refuse(constant: str) -> None:
-        raise ArtifactError(f"{MANIFEST} holds {constant}, which is no number")
-
-    try:
-        raw = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{MANIFEST} is not JSON ({error})") from error
-    if not isinstance(raw, dict) or raw.get("format") != "kvsplice":
-        raise ArtifactError(f'{MANIFEST} is not a KVSplice manifest ("format" is not "kvsplice")')
-    version = raw.get("version")
-    if type(version) is not int or version != VERSION:
-        raise ArtifactError(f"format version {_shown(version)} is not {VERSION}, the one this package reads")
-    try:
-        # Through JSON again because only there does pydantic's strict mode take lists for tuples.
-        manifest = Manifest.model_validate_json(json.dumps(raw))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the top level"
-        raise ArtifactError(f"{MANIFEST} is wrong at {_shown(where)}: {_shown(first['msg'])}") from error
-    _check_plan(manifest)
-    return manifest
-
-
-def _shown(found: object) -> str:
-    """Something from a file nobody vouches for, fit to print: one short line without control characters."""
-    return str(found)[:100].encode("unicode_escape").decode()
-
-
-def _check_plan(manifest: Manifest) -> None:
-    shape = manifest.model
-    if shape.head_dim % GROUP or shape.num_heads % shape.num_kv_heads:
-        raise ArtifactError(
-            f"{shape.num_heads} heads, {shape.num_kv_heads} KV heads of {shape.head_dim} dimensions do not fit together"
-        )
-    if len(manifest.layers) != shape.num_layers:
-        raise ArtifactError(f"it plans {len(manifest.layers)} layers, the model has {shape.num_layers}")
-    if not any(manifest.layers):
-        raise ArtifactError(f"none of its {shape.num_layers} layers is compressed")
-    if rotary := manifest.rotary:
-        if 2 * rotary.pairs > shape.head_dim:
-            raise ArtifactError(f"{rotary.pairs} rotary pairs do not fit {shape.head_dim} dimensions")
-        if list(rotary.skips) != sorted(set(rotary.skips) & set(range(shape.num_layers))):
-            raise ArtifactError(f"its rotation skips layers {list(rotary.skips)} of {shape.num_layers}")
-    for index, layer in enumerate(manifest.layers):
-        for kind in ("key", "value"):
-            heads = getattr(layer, kind) if layer else ()
-            if layer and (len(heads) != shape.num_kv_heads or any(len(h) != shape.head_dim // GROUP for h in heads)):
-                raise ArtifactError(f"the {kind} plan of layer {index} does not have one width per head and group")
 
 
 def _check_header(blob: bytes, expected: Mapping[str, tuple[int, ...]]) -> None:
