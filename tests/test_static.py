@@ -116,4 +116,8 @@ def test_the_search_passes(source: str) -> None:
 
 def test_the_search_sees_both_packages() -> None:
     names = {path.relative_to(ROOT).as_posix() for path in SOURCES}
-    assert {"vllm_kvsplice/artifact/manifest.py", "vllm_kvsplice/engines/reference.py", "calibration/pipeline.py"} <= names
+    assert {
+        "vllm_kvsplice/artifact/manifest.py",
+        "vllm_kvsplice/engines/reference.py",
+        "calibration/pipeline.py",
+    } <= names
