@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kWorthThreadsWriting = 1 << 14;
 // Tokens whose latents are found, and looked up, together.
 constexpr int kTokens = 8;
-// Residuals of a larger norm, or of none, could overflow float32; what is smaller than the least may have underflown.
+// Residuals of a larger norm, or whose norm is no number, could overflow float32; squares below the least may have underflown.
 constexpr float kLargestNorm = 1e18f, kLeastNorm = 2e-18f;
 
 inline uint8_t* first_byte(const Writing& writing, int64_t token) {
