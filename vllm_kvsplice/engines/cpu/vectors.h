@@ -86,9 +86,10 @@ constexpr T most(T a, T b) {
     return a > b ? a : b;
 }
 
-// The lowest `bits` bits of eight bytes, side by side, and back.
+// A mask of the lowest `bits` bits of eight bytes; those bits side by side, and back.
+KV_INLINE uint64_t lowest(int bits) { return ((1 << bits) - 1) * 0x0101010101010101ull; }
 KV_INLINE uint64_t fields(uint64_t bytes, int bits) {
-    const uint64_t mask = ((1 << bits) - 1) * 0x0101010101010101ull;
+    const uint64_t mask = lowest(bits);
 #ifdef __BMI2__
     return _pext_u64(bytes, mask);
 #else
@@ -98,7 +99,7 @@ KV_INLINE uint64_t fields(uint64_t bytes, int bits) {
 #endif
 }
 KV_INLINE uint64_t spread(uint64_t packed, int bits) {
-    const uint64_t mask = ((1 << bits) - 1) * 0x0101010101010101ull;
+    const uint64_t mask = lowest(bits);
 #ifdef __BMI2__
     return _pdep_u64(packed, mask);
 #else

@@ -177,6 +177,18 @@ inline void find_latents(const Half& half, const float* matrix, int first, int c
     }
 }
 
+// The reference's codes where bytes of `doubtful` are not zero, of a token's group that begins at `column` of some columns.
+inline void settle(const Half& half, const float* matrix, int first, int columns, int column, int dim,
+                   const Residuals& residuals, int token, uint64_t doubtful, uint64_t& codes) {
+    const Group& group = half.groups[(first + column) / 8];
+    for (int i = 0; i < 8; ++i) {
+        if (!(doubtful >> 8 * i & 0xff)) continue;
+        const float* scale = residuals.first[token] ? half.sink_scale + first + column + i : nullptr;
+        const uint64_t code = exact_code(group, matrix + column + i, columns, residuals.of[token], dim, scale);
+        codes = (codes & ~(0xffull << 8 * i)) | code << 8 * i;
+    }
+}
+
 // Codes of some tokens of one head and kind, into their pages.
 inline void write_half(const Writing& writing, const Half& half, const Tokens& source, bool key, int head,
                        const int64_t* tokens, int count) {
@@ -207,14 +219,8 @@ inline void write_half(const Writing& writing, const Half& half, const Tokens& s
             uint64_t codes[kTokens], others[kTokens];
             find_codes(groups[g], latents, 8 * g, count, codes, others);
             for (int t = 0; t < count; ++t) {
-                uint64_t doubtful = residuals.norm[t] < kLargestNorm ? codes[t] ^ others[t] : ~0ull;
-                for (int i = 0; doubtful; ++i, doubtful >>= 8) {
-                    if (!(doubtful & 0xff)) continue;
-                    const float* scale = residuals.first[t] ? half.sink_scale + first + 8 * g + i : nullptr;
-                    const uint64_t code =
-                        exact_code(groups[g], matrix + 8 * g + i, columns, residuals.of[t], dim, scale);
-                    codes[t] = (codes[t] & ~(0xffull << 8 * i)) | code << 8 * i;
-                }
+                const uint64_t doubtful = residuals.norm[t] < kLargestNorm ? codes[t] ^ others[t] : ~0ull;
+                if (doubtful) settle(half, matrix, first, columns, 8 * g, dim, residuals, t, doubtful, codes[t]);
             }
             by_width[groups[g].width - 1](writing, groups[g], codes, tokens, count);
         }
