@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_variants [--corners] [--json]
 
 One row for each variant and target: registers, spilled bytes and shared memory as ptxas reports them, and for attention the
-instructions that a lane issues in the loop over stored tokens, for each latent of a token. Needs no GPU.
+instructions that a lane issues in the loop over stored tokens, for each latent of a token; `local` are those that read or
+write spilled values. Needs no GPU.
 """
 
 import argparse
@@ -64,7 +65,10 @@ class Variant:
 
 
 # Those of the commonest heads that need most registers.
-CORNERS = [Variant(128, 4, queries=9, planes=planes, uniform=uniform) for planes, uniform in ((3, False), (2, True))]
+CORNERS = [
+    Variant(128, 4, queries, planes, uniform)
+    for queries, planes, uniform in ((9, 3, False), (9, 2, True), (1, 2, True))
+]
 ALL = [
     Variant(dim, group, queries, planes, uniform)
     for uniform in (True, False)
@@ -179,6 +183,7 @@ def compiled(launch: Launch, target: str) -> dict[str, Any]:
         rows, tile, dim = (launch.constants[name] for name in ("ROWS", "TILE", "D"))
         each = 2 * dim * tile / (32 * made.metadata.num_warps)
         counts = {name: round(count / each, 2) for name, count in loop(disassembled(made.asm["cubin"])).items()}
+        counts["local"] = counts.get("LDL", 0) + counts.get("STL", 0)
         row |= {"rows": rows, "tile": tile, "uniform": launch.constants["UNIFORM"], "per_latent": counts}
     return row
 

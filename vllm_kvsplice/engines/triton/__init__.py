@@ -21,33 +21,48 @@ MOST_SPLITS = 64
 SPLIT_COST = 0.02
 # Of the kernels that are plain matrix products: rows (tokens, when encoding), columns, and columns of a step of the sum.
 PRODUCT_ROWS, COLUMNS, STEP = 16, 64, 32
+# Columns of the merge, and numbers of the splits' sums that it reads at once for a row.
+MERGED_COLUMNS, MERGED_NUMBERS = 32, 1024
 # Float32 numbers that a large step takes for each number of its queries: absorbed, one split, the window's part, output.
 WORKSPACE = 4
 
 
 class Tiling(NamedTuple):
-    """Of attention over heads of up to `dim` dimensions.
+    """Of attention over heads of up to `dim` dimensions, codes of up to `planes` planes and tiles of up to `rows` rows.
 
     Attributes:
         tokens: the most of a tile.
-        rows: the most of a tile. Both are the largest that spill no registers on sm_80 and sm_90 (benchmarks.gpu_variants).
         warps: of a program.
-        stages: tiles under way from memory, and the one that is worked on.
         resident: programs that a multiprocessor holds at once.
+        stages: tiles under way from memory, and the one that is worked on.
 
     """
 
     dim: int
-    tokens: int
+    planes: int
     rows: int
+    tokens: int
     warps: int
-    stages: int
     resident: int
+    stages: int = 1
+
+    @property
+    def registers(self) -> int:
+        """The most that a thread can have of a multiprocessor's 65536, in steps of eight."""
+        return min(65536 // (32 * self.warps * self.resident) // 8 * 8, 255)
 
 
-TILINGS = (Tiling(64, 64, 16, 4, 3, 3), Tiling(128, 64, 16, 8, 1, 1), Tiling(256, 16, 16, 8, 3, 1))
-# Where levels are evenly spaced.
-UNIFORM_TILINGS = (Tiling(64, 64, 16, 4, 1, 4), Tiling(128, 64, 8, 4, 1, 3), Tiling(256, 64, 4, 8, 1, 1))
+# The first that fits is taken. Where levels are evenly spaced, so many programs are forced to fit a multiprocessor: values
+# that then live in local memory are hardly ever needed in the loop over tokens (benchmarks.gpu_variants).
+UNIFORM_TILINGS = (
+    Tiling(64, 3, 4, 64, 4, 4),
+    Tiling(64, 3, 16, 64, 4, 2),
+    Tiling(128, 2, 4, 64, 4, 4),
+    Tiling(128, 3, 8, 64, 4, 3),
+    Tiling(256, 3, 4, 64, 8, 1),
+)
+# Else: the largest that spill no registers on sm_80 and sm_90.
+TILINGS = (Tiling(64, 3, 16, 64, 4, 2, 3), Tiling(128, 3, 16, 64, 8, 1), Tiling(256, 3, 16, 16, 8, 1, 3))
 
 
 class TritonEngine:
@@ -62,10 +77,13 @@ class TritonEngine:
         assert key.stride(2) == value.stride(2) == 1
         assert pages.stride()[1:] == (pages.shape[2], 1)
         if tokens:
-            _encode().encode_kernel[_tiles(tokens, PRODUCT_ROWS), 2 * heads, _tiles(dim, COLUMNS)](
+            # Few programs are smaller ones: what is done once for each is repeated, but nothing waits for it.
+            few = _tiles(tokens, PRODUCT_ROWS) * 2 * heads * _tiles(dim, COLUMNS) < _multiprocessors(key.device)
+            columns = min(COLUMNS // 2 if few else COLUMNS, _padded(dim))
+            _encode().encode_kernel[_tiles(tokens, PRODUCT_ROWS), 2 * heads, _tiles(dim, columns)](
                 key, value, positions, slots, pages, tables, tokens, pages.stride(0), *key.stride()[:2],
-                *value.stride()[:2], codec.layout.token_bytes, HEAD_DIM=dim, LATENTS=min(COLUMNS, _padded(dim)),
-                PAGE=pages.shape[2], PLANES=len(tables.fields), WIDTH=max(codec.layout.widths), TOKENS=PRODUCT_ROWS,
+                *value.stride()[:2], codec.layout.token_bytes, HEAD_DIM=dim, LATENTS=columns, PAGE=pages.shape[2],
+                PLANES=len(tables.fields), WIDTH=max(codec.layout.widths), TOKENS=PRODUCT_ROWS,
                 STEP=min(STEP, _padded(dim)), enable_fp_fusion=False, num_warps=8,
             )  # fmt: skip
 
@@ -103,11 +121,14 @@ class TritonEngine:
 
 def _absorb(codec: LayerCodec, query: Tensor) -> Tensor:
     """D_K^T q, float32 of `query`'s shape."""
-    grid, shape = _product(codec, query)
+    tokens, heads, dim = query.shape
+    group = heads // codec.num_kv_heads
     absorbed = query.new_empty(query.shape, dtype=torch.float32)
-    rows = len(query) * shape["GROUP"]
-    synthesis = _prepared(codec).synthesis
-    _attention().absorb_kernel[grid](query, synthesis, absorbed, rows, *query.stride()[:2], **shape, num_warps=8)
+    grid = _tiles(tokens * group, PRODUCT_ROWS), codec.num_kv_heads, _tiles(dim, COLUMNS)
+    _attention().absorb_kernel[grid](
+        query, _prepared(codec).synthesis, absorbed, tokens * group, *query.stride()[:2], GROUP=group, HEAD_DIM=dim,
+        ROWS=PRODUCT_ROWS, COLUMNS=COLUMNS, STEP=min(2 * STEP, _padded(dim)), num_warps=8,
+    )  # fmt: skip
     return absorbed
 
 
@@ -121,9 +142,10 @@ def _read(
     (tokens, heads, dim), number = query.shape, len(batch.seq_lens)
     # Products of whole numbers take 32 at a time, and two columns for each row.
     uniform = tables.step is not None and pages.shape[2] % 32 == 0 and _padded(dim) >= 32
-    tiling = _tiling(codec.head_dim, UNIFORM_TILINGS if uniform else TILINGS)
-    rows = tokens * heads // kv_heads
-    tile_rows = min(max(_power(_tiles(rows, number)), 4 if uniform else 8), tiling.rows)
+    rows, planes = tokens * heads // kv_heads, len(tables.fields)
+    wanted = max(_power(_tiles(rows, number)), 4 if uniform else 8)
+    tiling = _tiling(UNIFORM_TILINGS if uniform else TILINGS, dim, planes, wanted)
+    tile_rows = min(wanted, tiling.rows)
     tiles = rows // tile_rows + number
     # Of `tiles`, those that hold rows where all sequences have as many.
     used = number * _tiles(_tiles(rows, number), tile_rows)
@@ -133,27 +155,24 @@ def _read(
         query, absorbed, words, _sequences(batch), tables, _exact(window), partial, tokens, number, splits, scale,
         *query.stride()[:2], words.stride(0), GROUP=heads // kv_heads, HEAD_DIM=dim, D=_padded(dim),
         PAIRS=_padded(dim // 2), ROWS=tile_rows, TILE=math.gcd(pages.shape[2], tiling.tokens), PAGE=pages.shape[2],
-        PLANES=len(tables.fields), EXACT_PAGE=window.pages.shape[2] if window else 0,
-        WHOLE_CHUNK=bool(window and window.whole_chunk), UNIFORM=uniform, num_warps=tiling.warps, num_stages=tiling.stages,
+        PLANES=planes, EXACT_PAGE=window.pages.shape[2] if window else 0,
+        WHOLE_CHUNK=bool(window and window.whole_chunk), UNIFORM=uniform, num_warps=tiling.warps,
+        num_stages=tiling.stages, maxnreg=tiling.registers,
     )  # fmt: skip
     return partial
 
 
 def _finish(codec: LayerCodec, partial: Partial, batch: Batch, exact: bool, output: Tensor) -> None:
     """Merge into `output`, [T, H * G, D] in any floating dtype."""
-    grid, shape = _product(codec, output)
-    rows, number, splits = len(output) * shape["GROUP"], len(batch.seq_lens), len(partial.sums) - exact
-    arguments = partial, _prepared(codec), batch.query_start, output, rows, number, splits, output.stride(0)
-    _attention().finish_kernel[grid](*arguments, **shape, EXACT=exact, SPLITS=_power(splits), num_warps=8)
-
-
-def _product(codec: LayerCodec, query: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Grid and constants of a kernel that is one matrix product for each row and KV head."""
-    tokens, heads, dim = query.shape
+    tokens, heads, dim = output.shape
     group = heads // codec.num_kv_heads
-    grid = _tiles(tokens * group, PRODUCT_ROWS), codec.num_kv_heads, _tiles(dim, COLUMNS)
-    constants = {"GROUP": group, "HEAD_DIM": dim, "ROWS": PRODUCT_ROWS, "STEP": min(2 * STEP, _padded(dim))}
-    return grid, constants | {"COLUMNS": COLUMNS}
+    rows, number, splits = tokens * group, len(batch.seq_lens), len(partial.sums) - exact
+    grid = _tiles(rows, PRODUCT_ROWS), codec.num_kv_heads, _tiles(dim, MERGED_COLUMNS)
+    _attention().finish_kernel[grid](
+        partial, _prepared(codec), batch.query_start, output, rows, number, splits, output.stride(0), GROUP=group,
+        HEAD_DIM=dim, D=_padded(dim), EXACT=exact, ROWS=PRODUCT_ROWS, COLUMNS=MERGED_COLUMNS, SPLITS=_power(splits),
+        GATHER=min(_power(splits), MERGED_NUMBERS // _padded(dim)), num_warps=8,
+    )  # fmt: skip
 
 
 def _encode() -> Any:
@@ -189,13 +208,16 @@ def _partial(query: Tensor, splits: int) -> Partial:
     return Partial(new(splits, *query.shape), new(splits, *query.shape[:2]), new(*query.shape[:2]))
 
 
-def _tiling(dim: int, tilings: tuple[Tiling, ...]) -> Tiling:
-    fitting = [tiling for tiling in tilings if dim <= tiling.dim]
+@lru_cache
+def _tiling(tilings: tuple[Tiling, ...], dim: int, planes: int, rows: int) -> Tiling:
+    """The first that fits; where none takes so many rows, the one that takes most."""
+    fitting = [tiling for tiling in tilings if dim <= tiling.dim and planes <= tiling.planes]
     if not fitting:
         raise KVSpliceError(
-            f"the triton engine takes heads of up to {TILINGS[-1].dim} dimensions, not {dim}; use reference"
+            f"the triton engine takes heads of up to {tilings[-1].dim} dimensions, not {dim}; use reference"
         )
-    return fitting[0]
+    fitting = [tiling for tiling in fitting if tiling.dim == fitting[0].dim]
+    return next((tiling for tiling in fitting if rows <= tiling.rows), max(fitting, key=lambda tiling: tiling.rows))
 
 
 @lru_cache

@@ -25,8 +25,9 @@ class Tables(NamedTuple):
         thresholds: float32 [R2 / 8, 256], a group's 255 and +inf.
         levels: float16 [R2 / 8, 256], exact: whole numbers of eight bits.
         step, offset: float32 [R2] where levels are evenly spaced and no width is 8, else None: a level is
-            step * code + offset. The offset of keys is a share of the step.
+            step * code + offset, with codes as in `aligned`. The offset of keys is a share of the step.
         fields: int32 [planes, R2], ``byte << 13 | rotation << 8 | mask`` (`codes.parts`).
+        aligned: the same for codes that end at the seventh bit: shifted up by as many bits as they have fewer than seven.
         group_bytes: int32 [R2 / 8 + 1], the byte at which each group begins, and where the last ends.
         pairs: int32 [2, D / 2], the dimensions i and k of keys that turn together; `pair_frequencies` float64 [D / 2]. With
             a = q_i m_i + q_k m_k and b = q_k m_i - q_i m_k, q . m(j) is the sum of a cos(j f) + b sin(j f) over pairs.
@@ -46,6 +47,7 @@ class Tables(NamedTuple):
     step: Tensor | None
     offset: Tensor | None
     fields: Tensor
+    aligned: Tensor
     group_bytes: Tensor
     pairs: Tensor
     pair_frequencies: Tensor
@@ -114,6 +116,7 @@ def tables_of(codec: LayerCodec) -> Tables:
         step=step,
         offset=offset,
         fields=_fields(codec),
+        aligned=_fields(codec, aligned=True),
         group_bytes=_group_bytes(codec).to(mean.device),
         pairs=torch.stack((first, second)).int(),
         pair_frequencies=frequency,
@@ -131,10 +134,17 @@ def _pairs(codec: LayerCodec) -> tuple[Tensor, Tensor, Tensor]:
     return first, second, torch.cat((turning, turning.new_zeros(len(rest) // 2)))
 
 
-def _fields(codec: LayerCodec) -> Tensor:
+def _fields(codec: LayerCodec, aligned: bool = False) -> Tensor:
     bits: Any = codec.bits
-    rotation = (bits.shift - bits.low) % 32
-    return (bits.byte << 13 | rotation << 8 | bits.mask << bits.low).int().contiguous()
+    low = bits.low + _missing_bits(codec).repeat_interleave(GROUP) if aligned else bits.low
+    rotation = (bits.shift - low) % 32
+    byte = torch.where(bits.mask > 0, bits.byte, bits.byte[0])
+    return (byte << 13 | rotation << 8 | bits.mask << low).int().contiguous()
+
+
+def _missing_bits(codec: LayerCodec) -> Tensor:
+    """Of seven, for each group."""
+    return (7 - torch.tensor(codec.layout.widths, device=codec.key.mean.device)).clamp_min(0)
 
 
 def _group_bytes(codec: LayerCodec) -> Tensor:
@@ -146,7 +156,8 @@ def _uniform(codec: LayerCodec) -> tuple[Tensor | None, Tensor | None]:
     if codec.spacing is None or MAX_WIDTH in codec.layout.widths:
         return None, None
     step, offset = codec.spacing
+    step = step / (1 << _missing_bits(codec))
     keys = torch.arange(len(step), device=step.device) < len(step) // 2
     # Queries are multiplied by the step first.
-    offset = torch.where(keys & (step > 0), offset / step.clamp_min(1), offset)
+    offset = torch.where(keys & (step > 0), offset / torch.where(step > 0, step, 1), offset)
     return step.repeat_interleave(GROUP), offset.repeat_interleave(GROUP)

@@ -140,10 +140,10 @@ def attend_kernel(
 def finish_kernel(
     partial, tables, query_start, output,
     rows, number, splits, stride_token,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STEP: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, SPLITS: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits, of which there are at most SPLITS, and rebuild the values.
+    """Merge the splits, of which there are at most SPLITS, GATHER at a time, and rebuild the values.
 
     Output [T, H * G, D], zeros past the last sequence's tokens. Grid: (tiles of the step's rows, H, tiles of dimensions).
     """
@@ -168,19 +168,19 @@ def finish_kernel(
 
     values = (heads + head) * HEAD_DIM
     known = dim < HEAD_DIM
-    out = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, HEAD_DIM, STEP):
-        latent = first + tl.arange(0, STEP)
-        sums = tl.zeros((ROWS, STEP), tl.float32)
-        for split in range(splits):
-            weight = tl.exp2(tl.load(partial.weights + split * step + place, asked, float("-inf")) - top)
-            read = partial.sums + (split * step + place)[:, None] * HEAD_DIM + latent[None, :]
-            read = tl.load(read, asked[:, None] & (latent < HEAD_DIM)[None, :], 0)
-            # Where nothing was read nothing was written.
-            sums += tl.where(weight[:, None] > 0, weight[:, None] * read, 0)
-        basis = tables.synthesis + (values + dim)[None, :] * HEAD_DIM + latent[:, None]
-        basis = tl.load(basis, (latent < HEAD_DIM)[:, None] & known[None, :], 0)
-        out = tl.dot(sums, basis, out, input_precision="ieee")
+    latent = tl.arange(0, D)
+    sums = tl.zeros((ROWS, D), tl.float32)
+    for split in range(0, splits, GATHER):
+        part = split + tl.arange(0, GATHER)
+        source = part[:, None] * step + place[None, :]
+        weight = tl.load(partial.weights + source, (part < splits)[:, None] & asked[None, :], float("-inf"))
+        # Where nothing was read nothing was written.
+        written = (weight > float("-inf"))[:, :, None] & (latent < HEAD_DIM)[None, None, :]
+        read = tl.load(partial.sums + source[:, :, None] * HEAD_DIM + latent[None, None, :], written, 0)
+        sums += tl.sum(tl.exp2(weight - top[None, :])[:, :, None] * read, 0)
+    basis = tables.synthesis + (values + dim)[None, :] * HEAD_DIM + latent[:, None]
+    basis = tl.load(basis, (latent < HEAD_DIM)[:, None] & known[None, :], 0)
+    out = tl.dot(sums, basis, input_precision="tf32x3")
 
     mean, sink = tl.load(tables.mean + values + dim, known, 0), tl.load(tables.sink + values + dim, known, 0)
     on_sink = tl.exp2(tl.load(partial.sink_scores + place, asked, float("-inf")) - top)

@@ -17,8 +17,23 @@ def parts(field):
 
 @triton.jit
 def rotate_right(word, distance):
-    """Of uint32 words; one instruction."""
-    return (word >> distance) | (word << ((32 - distance) & 31))
+    """Of uint32 words by less than 32; one instruction."""
+    if SPELLED_OUT:
+        return (word >> distance) | (word << ((32 - distance) & 31))
+    return tl.inline_asm_elementwise(
+        "shf.r.wrap.b32 $0, $1, $1, $2;", "=r,r,r", [word, distance], dtype=tl.uint32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def shift_left(word, distance):
+    """Of uint32 words by less than 32. Shifts have few units and products others, so some are done there."""
+    if SPELLED_OUT:
+        return word << distance
+    return tl.inline_asm_elementwise(
+        "mul.lo.u32 $0, $1, $2;", "=r,r,r", [word, tl.full(distance.shape, 1, tl.uint32) << distance], dtype=tl.uint32,
+        is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
