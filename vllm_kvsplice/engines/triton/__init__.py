@@ -157,7 +157,7 @@ def _read(
         PAIRS=_padded(dim // 2), ROWS=tile_rows, TILE=math.gcd(pages.shape[2], tiling.tokens), PAGE=pages.shape[2],
         PLANES=planes, EXACT_PAGE=window.pages.shape[2] if window else 0,
         WHOLE_CHUNK=bool(window and window.whole_chunk), UNIFORM=uniform, num_warps=tiling.warps,
-        num_stages=tiling.stages, maxnreg=tiling.registers,
+        num_stages=tiling.stages, **_limited(tiling.registers),
     )  # fmt: skip
     return partial
 
@@ -206,6 +206,11 @@ def _partial(query: Tensor, splits: int) -> Partial:
         return query.new_empty(shape, dtype=torch.float32)
 
     return Partial(new(splits, *query.shape), new(splits, *query.shape[:2]), new(*query.shape[:2]))
+
+
+def _limited(registers: int) -> dict[str, int]:
+    """The option that limits a thread's registers; AMD's compiler has none."""
+    return {} if torch.version.hip else {"maxnreg": registers}
 
 
 @lru_cache

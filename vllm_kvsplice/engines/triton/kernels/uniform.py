@@ -99,7 +99,11 @@ def tile_page(pages, block_table, page_stride, tile, end, TILE: tl.constexpr, PA
 
 @triton.jit
 def four_codes(words, fields, PLANES: tl.constexpr):
-    """Codes of each of the four latents, uint32 [N, WORDS] with four tokens a word, from what `four_words` returns."""
+    """Codes of each of the four latents, uint32 [N, WORDS] with four tokens a word, from what `four_words` returns.
+
+    In their bytes they end at bit 6, so of the first plane's fields the first and the third, and of others' all but the
+    fourth, never have to move down.
+    """
     near, far = words[0], words[1]
     _, rotation, mask = parts(fields[0])
     bits = plane_bits(mask)
@@ -225,15 +229,14 @@ def attend_uniform(
     shrunk = tl.full((ROWS,), 1, tl.float32)
     # Scores are ahead by one tile, so that a product is under way while probabilities are computed, bytes of keys by two.
     page = tile_page(pages, block_table, page_stride, begin, end, TILE, PAGE)
-    next = tile_page(pages, block_table, page_stride, begin + 1, end, TILE, PAGE)
-    after = tile_page(pages, block_table, page_stride, begin + 2, end, TILE, PAGE)
+    second = tile_page(pages, block_table, page_stride, begin + 1, end, TILE, PAGE)
+    third = tile_page(pages, block_table, page_stride, begin + 2, end, TILE, PAGE)
     codes = key_bytes(four_words(page, key_places, PLANES), key_fields, PLANES)
-    keys = four_words(next, key_places, PLANES)
+    keys = four_words(second, key_places, PLANES)
     scores = tile_scores(codes, whole_query, unit, wave, even, odd, amplitude, constant, begin * TILE + token, until)
     for tile in range(begin, end):
         values = four_words(page, value_places, PLANES)
-        page, next = next, after
-        after = tile_page(pages, block_table, page_stride, tile + 3, end, TILE, PAGE)
+        page, second, third = second, third, tile_page(pages, block_table, page_stride, tile + 3, end, TILE, PAGE)
         # Probabilities count from the tile's own maximum, so that small ones keep their bits beside larger ones elsewhere.
         tile_top = tl.max(scores, 0)
         new_top = tl.maximum(top, tile_top)
@@ -245,7 +248,7 @@ def attend_uniform(
         shrunk *= factor
         counts = dealt(halves(probability.to(tl.int32, bitcast=True) - ORIGIN_BITS)).to(tl.int8)
         codes = key_bytes(keys, key_fields, PLANES)
-        keys = four_words(next, key_places, PLANES)
+        keys = four_words(second, key_places, PLANES)
         even, odd = turned(even, odd, cos, sin)
         position = (tile + 1) * TILE + token
         scores = tile_scores(codes, whole_query, unit, wave, even, odd, amplitude, constant, position, until)
