@@ -28,7 +28,7 @@ from tests.engines import checks
 from tests.engines import test_engines as grid
 from tests.engines import test_planted as planted
 from tests.engines.device import DEVICE, OnDevice
-from vllm_kvsplice.engines import Batch, reference
+from vllm_kvsplice.engines import Batch, reference, triton
 from vllm_kvsplice.engines.triton import TritonEngine
 from vllm_kvsplice.engines.triton.kernels import attention
 
@@ -70,6 +70,13 @@ def engine() -> OnDevice:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_equals_dense_attention_over_what_the_codec_restores(engine, case):
+    checks.check_attention(engine, case)
+
+
+def test_splits_are_merged_a_few_at_a_time(engine, monkeypatch):
+    case = Case(((1, 300), (1, 9)), heads=1, group=4, dim=64, block=64, widths=NARROW, window=6, uniform=True)
+    monkeypatch.setattr(triton, "MERGED_NUMBERS", 2 * case.dim)
+    monkeypatch.setattr(triton, "_splits", lambda programs, places: 5)
     checks.check_attention(engine, case)
 
 
