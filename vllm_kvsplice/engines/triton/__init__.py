@@ -237,7 +237,7 @@ def _splits(programs: int, places: int) -> int:
 
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _tiles(count: int, size: int) -> int:
