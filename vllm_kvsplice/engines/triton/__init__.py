@@ -55,14 +55,18 @@ class Tiling(NamedTuple):
 # The first that fits is taken. Where levels are evenly spaced, so many programs are forced to fit a multiprocessor: values
 # that then live in local memory are hardly ever needed in the loop over tokens (benchmarks.gpu_variants).
 UNIFORM_TILINGS = (
-    Tiling(64, 3, 4, 64, 4, 4),
-    Tiling(64, 3, 16, 64, 4, 2),
-    Tiling(128, 2, 4, 64, 4, 4),
-    Tiling(128, 3, 8, 64, 4, 3),
-    Tiling(256, 3, 4, 64, 8, 1),
+    Tiling(dim=64, planes=3, rows=4, tokens=64, warps=4, resident=4),
+    Tiling(dim=64, planes=3, rows=16, tokens=64, warps=4, resident=2),
+    Tiling(dim=128, planes=2, rows=4, tokens=64, warps=4, resident=4),
+    Tiling(dim=128, planes=3, rows=8, tokens=64, warps=4, resident=3),
+    Tiling(dim=256, planes=3, rows=4, tokens=64, warps=8, resident=1),
 )
 # Else: the largest that spill no registers on sm_80 and sm_90.
-TILINGS = (Tiling(64, 3, 16, 64, 4, 2, 3), Tiling(128, 3, 16, 64, 8, 1), Tiling(256, 3, 16, 16, 8, 1, 3))
+TILINGS = (
+    Tiling(dim=64, planes=3, rows=16, tokens=64, warps=4, resident=2, stages=3),
+    Tiling(dim=128, planes=3, rows=16, tokens=64, warps=8, resident=1),
+    Tiling(dim=256, planes=3, rows=16, tokens=16, warps=8, resident=1, stages=3),
+)
 
 
 class TritonEngine:
@@ -215,14 +219,14 @@ def _limited(registers: int) -> dict[str, int]:
 
 @lru_cache
 def _tiling(tilings: tuple[Tiling, ...], dim: int, planes: int, rows: int) -> Tiling:
-    """The first that fits; where none takes so many rows, the one that takes most."""
+    """The first that fits; where none takes so many rows, the last for such heads, which takes most."""
     fitting = [tiling for tiling in tilings if dim <= tiling.dim and planes <= tiling.planes]
     if not fitting:
         raise KVSpliceError(
             f"the triton engine takes heads of up to {tilings[-1].dim} dimensions, not {dim}; use reference"
         )
     fitting = [tiling for tiling in fitting if tiling.dim == fitting[0].dim]
-    return next((tiling for tiling in fitting if rows <= tiling.rows), max(fitting, key=lambda tiling: tiling.rows))
+    return next((tiling for tiling in fitting if rows <= tiling.rows), fitting[-1])
 
 
 @lru_cache

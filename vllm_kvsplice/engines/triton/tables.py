@@ -138,6 +138,7 @@ def _fields(codec: LayerCodec, aligned: bool = False) -> Tensor:
     bits: Any = codec.bits
     low = bits.low + _missing_bits(codec).repeat_interleave(GROUP) if aligned else bits.low
     rotation = (bits.shift - low) % 32
+    # Planes that a latent does not have are read where it has its first.
     byte = torch.where(bits.mask > 0, bits.byte, bits.byte[0])
     return (byte << 13 | rotation << 8 | bits.mask << low).int().contiguous()
 
@@ -159,5 +160,5 @@ def _uniform(codec: LayerCodec) -> tuple[Tensor | None, Tensor | None]:
     step = step / (1 << _missing_bits(codec))
     keys = torch.arange(len(step), device=step.device) < len(step) // 2
     # Queries are multiplied by the step first.
-    offset = torch.where(keys & (step > 0), offset / torch.where(step > 0, step, 1), offset)
+    offset = torch.where(keys & (step > 0), offset / step, offset)
     return step.repeat_interleave(GROUP), offset.repeat_interleave(GROUP)
