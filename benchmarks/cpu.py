@@ -118,7 +118,7 @@ def fill_stock(load: Load, cache: tuple[Tensor, Tensor], isa: str, cache_dtype: 
 def our_layers(load: Load) -> list[tuple[LayerCodec, Tensor]]:
     """Every layer's own codec and pages."""
     _, kv_heads, dim = load.dims
-    codecs = [make_codec(kv_heads, dim, widths=WIDTHS, seed=layer) for layer in range(load.layers)]
+    codecs = [make_codec(kv_heads, dim, widths=WIDTHS, seed=layer, falling=True) for layer in range(load.layers)]
     shape = (load.blocks, codecs[0].layout.token_bytes, BLOCK)
     return [(codec, torch.randint(256, shape, dtype=torch.uint8)) for codec in codecs]
 

@@ -38,15 +38,18 @@ def make_codec(
     sinks: str = "mixed",
     seed: int = 0,
     uniform: bool = False,
+    falling: bool = False,
 ) -> LayerCodec:
     """A random codec: orthogonal transforms, Gaussian quantiles as codebooks, each of `widths` as often as the others.
 
-    `uniform`: levels at even distances.
+    `uniform`: levels at even distances. `falling`: widths fall from group to group of a head, as in plans.
     """
     random = torch.Generator().manual_seed(seed)
     groups = 2 * heads * dim // GROUP
     drawn = torch.tensor(widths).repeat(-(-groups // len(widths)))[:groups]
     plan = drawn[torch.randperm(groups, generator=random)].view(2, heads, dim // GROUP)
+    if falling:
+        plan = plan.sort(dim=-1, descending=True).values
     coded = torch.tensor(SINKS[sinks]).repeat(heads)[:heads]
     kinds = [
         _make_kind(plan[0], coded, random, uniform),

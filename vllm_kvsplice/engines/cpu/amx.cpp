@@ -279,19 +279,22 @@ struct AmxPrompt {
         const int groups = groups_of(b);
         const int64_t base = static_cast<int64_t>(split) * kSplit;
         if (key.group_count) unpack_keys(key, a.tiles_of(b, true, split, tiles));
-        if (value.group_count)
-            Amx::unpack_values(value, 0, value.group_count, a.tiles_of(b, false, split, tiles), 0, tiles, values,
-                               kValueRow);
+        if (value.group_count) unpack_values(value, a.tiles_of(b, false, split, tiles));
         for (int segment = 0; factor_tiles && segment * kSegment < tiles * kTile; ++segment)
             for (int group = 0; group < groups; ++group)
                 turn_series(base / kSegment + segment, group, factors_of(segment, group), constants_of(segment, group));
         run(pieces_of(base, groups), tiles);
     }
 
+    void unpack_values(const Half& half, const Tiles& tiles) {
+        for (int g = 0; g < half.group_count; ++g)
+            Amx::unpack_values(half, g, tiles, values + g * 8 * kValueRow, kValueRow);
+    }
+
     // Token by token, from quads of latents.
     void unpack_keys(const Half& half, const Tiles& tiles) {
         for (int tile = 0; tile < tiles.count; ++tile) {
-            Amx::unpack_keys<false>(half, tiles, tile, 1, quads, 0);
+            Amx::unpack_keys(half, tiles, tile, quads);
             for (int part = 0; part < ceil_div(half.latents, 64); ++part)
                 for (int j = 0; j < 4; ++j)
                     turn(quads + part * 64 * kTile + 64 * j, 256, [&](int c) KV_LAMBDA {

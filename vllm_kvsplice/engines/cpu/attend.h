@@ -63,7 +63,7 @@ struct Attention {
         place(at, w.query, kFewRows * round_up(dim, 16));
         place(at, w.absorbed, kFewRows * round_up(key_latents, 16));
         place(at, w.pairs, kFewRows * 2 * pairs);
-        place(at, w.turned, kSplitTiles * 2 * (pairs + kTerms));
+        place(at, w.turned, kTurned * turned_size());
         place(at, w.scores, kFewRows * kSplit);
         place(at, w.partial, kFewRows * partial_size);
         place(at, w.state, kFewRows * state_size);
@@ -313,40 +313,65 @@ struct Attention {
         const float* offsets = Isa::kQuads ? layer.rotary->offsets_in_quads : layer.rotary->offsets_in_order;
         const float* centres = layer.rotary->centres + static_cast<int64_t>(split) * 4 * pairs * kSplitTiles;
         for (int row = 0; row < b.rows; ++row) {
-            turn(w.pairs + row * 2 * pairs, centres);
+            const int turned = row % kTurned;
+            if (turned == 0) b.rows - row < kTurned ? turn<1>(row, centres) : turn<kTurned>(row, centres);
+            const float* factors = w.turned + turned * turned_size();
             float* out = w.scores + row * kSplit;
             int tile = 0;
             // As many tiles as registers hold the sums of.
             constexpr int kAtOnce = kRegisterBytes == 64 ? 4 : 1;
             for (; tile + kAtOnce <= tiles; tile += kAtOnce)
-                series<kAtOnce>(offsets, tile, w.constant[row], out + tile * kTile);
-            for (; tile < tiles; ++tile) series<1>(offsets, tile, w.constant[row], out + tile * kTile);
+                series<kAtOnce>(offsets, factors + tile, w.constant[row], out + tile * kTile);
+            for (; tile < tiles; ++tile) series<1>(offsets, factors + tile, w.constant[row], out + tile * kTile);
         }
     }
 
-    // A row's series around the centres of a split's tiles, [terms, 2, 8]: factors of cosines (even), then of sines (odd).
-    void turn(const float* row, const float* centres) {
+    // Rows whose series are turned together, because loads are what that waits for.
+    static constexpr int kTurned = kRegisterBytes == 64 ? 2 : 1;
+    int64_t turned_size() const { return kSplitTiles * 2 * (pairs + kTerms); }
+
+    // Series of N rows around the centres of a split's tiles, [terms, 2, 8] each: factors of cosines (even), then of sines (odd).
+    template <int N>
+    void turn(int row, const float* centres) {
+        constexpr int kStep = 2 * kSplitTiles;
         const Rotary& rotary = *layer.rotary;
-        Floats powers[kTerms] = {};
-        for (int f = 0; f < pairs; ++f, centres += 4 * kSplitTiles) {
-            const Floats both = row[f] * load(centres) + row[pairs + f] * load(centres + 2 * kSplitTiles);
-            if (f < rotary.fast) {
-                store(w.turned + f * 2 * kSplitTiles, both);
-                continue;
-            }
-            const float* taylor = rotary.taylor + (f - rotary.fast) * kTerms * 16;
-            each<kTerms>([&](auto k) KV_LAMBDA { powers[k] += load(taylor + 16 * k) * both; });
+        const float *first = w.pairs + row * 2 * pairs, *coefficients = rotary.coefficients;
+        const int64_t size = turned_size();
+        const auto turned = [&](int f, Floats* out) KV_LAMBDA {
+            const float *at = centres + f * 2 * kStep, *cosine = first + f;
+            const Floats one = load(at), other = load(at + kStep);
+            each<N>([&](auto n)
+                        KV_LAMBDA { out[n] = cosine[n * 2 * pairs] * one + cosine[(n * 2 + 1) * pairs] * other; });
+        };
+        Floats both[N], sums[N][kTerms];
+        float* out = w.turned;
+        int f = 0;
+        for (; f < rotary.fast(); ++f, out += kStep) {
+            turned(f, both);
+            each<N>([&](auto n) KV_LAMBDA { store(out + n * size, both[n]); });
         }
-        for (int k = 0; k < rotary.terms() - rotary.fast; ++k)
-            store(w.turned + (rotary.fast + k) * 2 * kSplitTiles, powers[k]);
+        if (f == pairs) return;
+        each<N * kTerms>([&](auto i) KV_LAMBDA { sums[i / kTerms][i % kTerms] = Floats{}; });
+        each<kTerms>([&](auto i) KV_LAMBDA {
+            constexpr int used = kTerms - i;
+            for (; f < rotary.slow[used - 1]; ++f, coefficients += kTerms * kStep) {
+                turned(f, both);
+                each<used>([&](auto k) KV_LAMBDA {
+                    const Floats factor = load(coefficients + kStep * k);
+                    each<N>([&](auto n) KV_LAMBDA { sums[n][k] += factor * both[n]; });
+                });
+            }
+        });
+        each<N * kTerms>([&](auto i) KV_LAMBDA {
+            store(out + i / kTerms * size + kStep * (i % kTerms), sums[i / kTerms][i % kTerms]);
+        });
     }
 
     // sum_f even_f cos(w_f t) +- odd_f sin(w_f t) for N tiles: half the products serve both halves of a tile.
     template <int N>
-    void series(const float* offsets, int tile, float constant, float* out) {
+    void series(const float* offsets, const float* factors, float constant, float* out) {
         constexpr int kParts = kTile / 2 / kRegister;
         const int terms = layer.rotary->terms();
-        const float* factors = w.turned + tile;
         Register even[N][kParts] = {}, odd[N][kParts] = {};
         for (int f = 0; f < terms; ++f, factors += 2 * kSplitTiles, offsets += kTile) {
             each<kParts>([&](auto part) KV_LAMBDA {

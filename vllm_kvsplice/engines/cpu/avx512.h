@@ -3,6 +3,7 @@
 // Keys: four latents of a token lie side by side in a 32-bit lane, as unsigned level + 128. A query row has 16 bits, two
 // signed bytes, so a tile costs a row two instructions for each four latents and sixteen tokens.
 // Values: a register holds 64 tokens of one latent, signed; a row's probabilities have 15 bits, two unsigned bytes.
+// Few rows multiply what is unpacked as it is unpacked: on Zen 4 a store takes two cycles, and one from the products.
 #pragma once
 
 #include <immintrin.h>
@@ -33,22 +34,17 @@ KV_INLINE __m512i joined(int mask, __m512i low, __m512i high) {
     return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(mask)), low, high, 0xCA);
 }
 
-// Eight latents of 64 tokens as indices; only the lowest W bits of each byte mean anything.
-template <int W>
-KV_INLINE void indices(const uint8_t* data, int64_t stride, __m512i* out) {
+// Latent I of a group of W bits, 64 tokens, as indices; only the lowest W bits of each byte mean anything.
+template <int W, int I>
+KV_INLINE __m512i index_of(const uint8_t* data, int64_t stride) {
     constexpr int first = W >= 8 ? 8 : W >= 4 ? 4 : W >= 2 ? 2 : 1;
-    __m512i plane[8];
-#pragma GCC unroll 8
-    for (int c = 0; c < W; ++c) plane[c] = load_bytes(data + c * stride);
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        __m512i index = shifted(plane[i * first / 8], i * first % 8);
-        if constexpr (W == 3) index = joined(0x03, index, shifted(plane[2], i - 2));
-        if constexpr (W == 5) index = joined(0x0F, index, shifted(plane[4], i - 4));
-        if constexpr (W >= 6 && W < 8) index = joined(0x0F, index, shifted(plane[4 + i / 4], i % 4 * 2 - 4));
-        if constexpr (W == 7) index = joined(0x3F, index, shifted(plane[6], i - 6));
-        out[i] = index;
-    }
+    const auto plane = [&](int c) KV_LAMBDA { return load_bytes(data + c * stride); };
+    __m512i index = shifted(plane(I * first / 8), I * first % 8);
+    if constexpr (W == 3) index = joined(0x03, index, shifted(plane(2), I - 2));
+    if constexpr (W == 5) index = joined(0x0F, index, shifted(plane(4), I - 4));
+    if constexpr (W >= 6 && W < 8) index = joined(0x0F, index, shifted(plane(4 + I / 4), I % 4 * 2 - 4));
+    if constexpr (W == 7) index = joined(0x3F, index, shifted(plane(6), I - 6));
+    return index;
 }
 
 // A codebook of W bits in registers; `raised`: plus 128.
@@ -68,73 +64,114 @@ struct Levels {
     }
 };
 
-// Some tiles of a group. `plane`: the group's first, counted from the head's.
-struct Run {
+// A group's codes in tiles, unpacked as they are read; `raised`: levels plus 128.
+template <int W, bool raised>
+struct Coded {
     const Tiles& tiles;
     int64_t plane;
-    int first, count;
-};
+    Levels<W> levels;
 
-template <int W, bool raised>
-void unpack_keys_of(const Group& group, const Run& run, int8_t* out, int64_t tile_bytes) {
-    const Levels<W> levels(group, raised);
-    for (int t = run.first; t < run.first + run.count; ++t, out += tile_bytes) {
-        run.tiles.ask(t, run.plane, W);
-        __m512i x[8];
-        indices<W>(run.tiles.data[t] + run.plane * run.tiles.stride, run.tiles.stride, x);
+    KV_INLINE Coded(const Half& half, int g, const Tiles& t)
+        : tiles(t), plane(half.groups[g].plane - half.groups[0].plane), levels(half.groups[g], raised) {}
+    KV_INLINE void ask(int tile) const { tiles.ask(tile, plane, W); }
+    template <int I>
+    KV_INLINE __m512i latent(int tile) const {
+        return levels.of(index_of<W, I>(tiles.data[tile] + plane * tiles.stride, tiles.stride));
+    }
+    // Two quads of latents by four times sixteen tokens, four latents of a token side by side.
+    KV_INLINE void quads(int tile, __m512i (&out)[8]) const {
         each<2>([&](auto quad) KV_LAMBDA {
-            const __m512i a = levels.of(x[4 * quad]), b = levels.of(x[4 * quad + 1]), c = levels.of(x[4 * quad + 2]),
-                          d = levels.of(x[4 * quad + 3]);
+            const __m512i a = latent<4 * quad>(tile), b = latent<4 * quad + 1>(tile), c = latent<4 * quad + 2>(tile),
+                          d = latent<4 * quad + 3>(tile);
             const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
             const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
-            __m512i* to = reinterpret_cast<__m512i*>(out) + 4 * quad;
-            _mm512_store_si512(to, _mm512_unpacklo_epi16(ab_low, cd_low));
-            _mm512_store_si512(to + 1, _mm512_unpackhi_epi16(ab_low, cd_low));
-            _mm512_store_si512(to + 2, _mm512_unpacklo_epi16(ab_high, cd_high));
-            _mm512_store_si512(to + 3, _mm512_unpackhi_epi16(ab_high, cd_high));
+            out[4 * quad] = _mm512_unpacklo_epi16(ab_low, cd_low);
+            out[4 * quad + 1] = _mm512_unpackhi_epi16(ab_low, cd_low);
+            out[4 * quad + 2] = _mm512_unpacklo_epi16(ab_high, cd_high);
+            out[4 * quad + 3] = _mm512_unpackhi_epi16(ab_high, cd_high);
         });
     }
-}
+};
 
-// Rows of latents, `row_bytes` apart.
-template <int W>
-void unpack_values_of(const Group& group, const Run& run, int8_t* out, int64_t row_bytes) {
-    const Levels<W> levels(group, false);
-    for (int t = run.first; t < run.first + run.count; ++t, out += kTile) {
-        run.tiles.ask(t, run.plane, W);
-        __m512i x[8];
-        indices<W>(run.tiles.data[t] + run.plane * run.tiles.stride, run.tiles.stride, x);
-        each<8>([&](auto i) KV_LAMBDA { _mm512_store_si512(out + i * row_bytes, levels.of(x[i])); });
+// Values that were unpacked before, rows of kSplit.
+struct Unpacked {
+    const int8_t* values;
+
+    KV_INLINE void ask(int) const {}
+    template <int I>
+    KV_INLINE __m512i latent(int tile) const {
+        return load_bytes(values + I * kSplit + tile * kTile);
     }
-}
+};
 
-// N query rows over a tile.
+// N query rows over a tile: sums of high and of low bytes.
 template <int N>
-void dot_keys_of(const __m512i* keys, int latents, const int8_t* query, int64_t query_stride, const float* unit,
-                 const int32_t* offset, float* scores) {
+struct Scores {
     __m512i high[N][4], low[N][4];
-    each<N>([&](auto n)
-                KV_LAMBDA { each<4>([&](auto i) KV_LAMBDA { high[n][i] = low[n][i] = _mm512_setzero_si512(); }); });
-    for (int r = 0; r < latents; r += 4, keys += 4) {
-        each<N>([&](auto n) KV_LAMBDA {
-            int32_t h, l;
-            std::memcpy(&h, query + n * query_stride + r, 4);
-            std::memcpy(&l, query + n * query_stride + query_stride / 2 + r, 4);
-            const __m512i query_high = _mm512_set1_epi32(h), query_low = _mm512_set1_epi32(l);
-            each<4>([&](auto i) KV_LAMBDA {
-                dot(high[n][i], keys[i], query_high);
-                dot(low[n][i], keys[i], query_low);
+
+    KV_INLINE Scores() {
+        each<4 * N>([&](auto i) KV_LAMBDA { high[i / 4][i % 4] = low[i / 4][i % 4] = _mm512_setzero_si512(); });
+    }
+
+    // Quads of a group, the first of whose latents `query` is at.
+    KV_INLINE void add(const __m512i* quads, const int8_t* query, int64_t row_bytes) {
+        each<2>([&](auto quad) KV_LAMBDA {
+            each<N>([&](auto n) KV_LAMBDA {
+                const int8_t* bytes = query + n * row_bytes + 4 * quad;
+                const __m512i query_high = four(bytes), query_low = four(bytes + row_bytes / 2);
+                each<4>([&](auto i) KV_LAMBDA {
+                    dot(high[n][i], quads[4 * quad + i], query_high);
+                    dot(low[n][i], quads[4 * quad + i], query_low);
+                });
             });
         });
     }
-    each<N>([&](auto n) KV_LAMBDA {
-        each<4>([&](auto i) KV_LAMBDA {
-            __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[n][i], 8), low[n][i]);
-            sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(offset[n]));
-            float* at = scores + n * kSplit + 16 * i;
-            store(at, load(at) + unit[n] * (Floats)_mm512_cvtepi32_ps(sum));
+
+    static KV_INLINE __m512i four(const int8_t* bytes) {
+        int32_t all;
+        std::memcpy(&all, bytes, 4);
+        return _mm512_set1_epi32(all);
+    }
+
+    KV_INLINE void put(const Queries& queries, float* scores) const {
+        each<N>([&](auto n) KV_LAMBDA {
+            each<4>([&](auto i) KV_LAMBDA {
+                __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[n][i], 8), low[n][i]);
+                sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(queries.offset[n]));
+                float* at = scores + n * kSplit + 16 * i;
+                store(at, load(at) + queries.unit[n] * (Floats)_mm512_cvtepi32_ps(sum));
+            });
         });
-    });
+    }
+};
+
+// N rows over a tile whose codes are unpacked meanwhile, and kept for other rows where `keep` is not null.
+template <int N>
+void score_coded(const Half& half, const Tiles& tiles, int tile, const Queries& queries, __m512i* keep, float* scores) {
+    const int8_t* query = reinterpret_cast<const int8_t*>(queries.numbers);
+    Scores<N> sums;
+    for (int g = 0; g < half.group_count;)
+        with_width(half.groups[g].width, [&](auto width) KV_LAMBDA {
+            // Groups of one width follow each other, so that this takes few turns that a processor cannot foresee.
+            do {
+                const Coded<width, true> keys(half, g, tiles);
+                keys.ask(tile);
+                __m512i quads[8];
+                keys.quads(tile, quads);
+                if (keep) each<8>([&](auto i) KV_LAMBDA { keep[8 * g + i] = quads[i]; });
+                sums.add(quads, query + 8 * g, 2 * queries.stride);
+            } while (++g < half.group_count && half.groups[g].width == width);
+        });
+    sums.put(queries, scores);
+}
+
+// N rows over a tile that was kept.
+template <int N>
+void score_kept(const __m512i* quads, int groups, const Queries& queries, float* scores) {
+    const int8_t* query = reinterpret_cast<const int8_t*>(queries.numbers);
+    Scores<N> sums;
+    for (int g = 0; g < groups; ++g) sums.add(quads + 8 * g, query + 8 * g, 2 * queries.stride);
+    sums.put(queries, scores);
 }
 
 // Sums over all lanes of four registers.
@@ -146,29 +183,53 @@ KV_INLINE __m128i sums_of(__m512i a, __m512i b, __m512i c, __m512i d) {
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// N rows by four latents over a split.
-template <int N>
-void dot_values_of(const int8_t* values, const uint8_t* probability, int tiles, int32_t* sums, int64_t stride) {
-    __m512i high[N][4], low[N][4];
-    each<N>([&](auto n)
-                KV_LAMBDA { each<4>([&](auto i) KV_LAMBDA { high[n][i] = low[n][i] = _mm512_setzero_si512(); }); });
-    for (int t = 0; t < tiles * kTile; t += kTile) {
-        __m512i latent[4];
-        each<4>([&](auto i) KV_LAMBDA { latent[i] = load_bytes(values + i * kSplit + t); });
-        each<N>([&](auto n) KV_LAMBDA {
-            const __m512i p_high = load_bytes(probability + n * 2 * kSplit + t);
-            const __m512i p_low = load_bytes(probability + n * 2 * kSplit + kSplit + t);
-            each<4>([&](auto i) KV_LAMBDA {
-                dot(high[n][i], p_high, latent[i]);
-                dot(low[n][i], p_low, latent[i]);
+// N rows by a group's latents over a split; as many latents at once as registers hold sums of.
+template <int N, class Values>
+void sum_group(const Values& values, const uint8_t* probability, int tiles, int32_t* sums, int64_t stride) {
+    constexpr int L = N == 1 ? 8 : N == 4 ? 2 : 4;
+    each<8 / L>([&](auto part) KV_LAMBDA {
+        __m512i high[N * L], low[N * L];
+        each<N * L>([&](auto i) KV_LAMBDA { high[i] = low[i] = _mm512_setzero_si512(); });
+        for (int t = 0; t < tiles; ++t) {
+            if (t % (8 / L) == part) values.ask(t);
+            __m512i latents[L];
+            each<L>([&](auto i) KV_LAMBDA { latents[i] = values.template latent<L * part + i>(t); });
+            each<N>([&](auto n) KV_LAMBDA {
+                const uint8_t* p = probability + n * 2 * kSplit + t * kTile;
+                const __m512i p_high = load_bytes(p), p_low = load_bytes(p + kSplit);
+                each<L>([&](auto i) KV_LAMBDA {
+                    dot(high[n * L + i], p_high, latents[i]);
+                    dot(low[n * L + i], p_low, latents[i]);
+                });
             });
+        }
+        each<N * L>([&](auto i) KV_LAMBDA { high[i] = _mm512_add_epi32(_mm512_slli_epi32(high[i], 8), low[i]); });
+        each<N * L / 4>([&](auto i) KV_LAMBDA {
+            const __m128i four = sums_of(high[4 * i], high[4 * i + 1], high[4 * i + 2], high[4 * i + 3]);
+            int32_t* at = sums + 4 * i / L * stride + L * part + 4 * i % L;
+            if constexpr (L >= 4) {
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(at), four);
+            } else {
+                _mm_storel_epi64(reinterpret_cast<__m128i*>(at), four);
+                _mm_storel_epi64(reinterpret_cast<__m128i*>(at + stride), _mm_unpackhi_epi64(four, four));
+            }
         });
-    }
-    each<N>([&](auto n) KV_LAMBDA {
-        each<4>([&](auto i) KV_LAMBDA { high[n][i] = _mm512_add_epi32(_mm512_slli_epi32(high[n][i], 8), low[n][i]); });
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + stride * n),
-                         sums_of(high[n][0], high[n][1], high[n][2], high[n][3]));
     });
+}
+
+// f(N) for N rows.
+template <class F>
+KV_INLINE void with_rows(int rows, F f) {
+    switch (rows) {
+        case 1:
+            return f(std::integral_constant<int, 1>{});
+        case 2:
+            return f(std::integral_constant<int, 2>{});
+        case 3:
+            return f(std::integral_constant<int, 3>{});
+        default:
+            return f(std::integral_constant<int, 4>{});
+    }
 }
 
 struct Avx512 {
@@ -176,15 +237,13 @@ struct Avx512 {
     using Prompt = Nobody;
     static constexpr bool kQuads = true;
     static constexpr int kKeyOffset = 128;
-    // Tiles whose keys are unpacked at once.
-    static constexpr int kBatch = 4;
 
     // Nothing to hold; the destructor tells the compiler that a session is more than an unused variable.
     struct Session {
         ~Session() {}
     };
 
-    static int64_t key_places(int latents) { return kBatch * kTile * latents / 2; }
+    static int64_t key_places(int latents) { return kTile * latents / 2; }
     static int64_t value_places(int) { return kSplit * 8 / 2; }
 
     static void pack_query(const int16_t* numbers, int count, int64_t stride, int16_t* out) {
@@ -207,70 +266,72 @@ struct Avx512 {
         _mm512_storeu_si512(at + kSplit, low);
     }
 
-    // The keys of some tiles, [4 latents][64 tokens][4] a tile, tokens in quads (`kQuads`).
-    template <bool raised = true>
-    static void unpack_keys(const Half& half, const Tiles& tiles, int first, int count, int8_t* out,
-                            int64_t tile_bytes) {
-        static constexpr decltype(&unpack_keys_of<1, raised>) by_width[] = {
-            unpack_keys_of<1, raised>, unpack_keys_of<2, raised>, unpack_keys_of<3, raised>, unpack_keys_of<4, raised>,
-            unpack_keys_of<5, raised>, unpack_keys_of<6, raised>, unpack_keys_of<7, raised>, unpack_keys_of<8, raised>};
-        for (int g = 0; g < half.group_count; ++g, out += 8 * kTile) {
-            const Group& group = half.groups[g];
-            by_width[group.width - 1](group, {tiles, group.plane - half.groups[0].plane, first, count}, out,
-                                      tile_bytes);
-        }
+    // The keys of a tile, [4 latents][64 tokens][4], tokens in quads (`kQuads`).
+    static void unpack_keys(const Half& half, const Tiles& tiles, int tile, int8_t* out) {
+        for (int g = 0; g < half.group_count; ++g, out += 8 * kTile)
+            with_width(half.groups[g].width, [&](auto width) KV_LAMBDA {
+                const Coded<width, false> keys(half, g, tiles);
+                keys.ask(tile);
+                __m512i quads[8];
+                keys.quads(tile, quads);
+                each<8>([&](auto i) KV_LAMBDA { _mm512_store_si512(out + i * kTile, quads[i]); });
+            });
     }
 
-    // The values of some groups and tiles, rows of `row_bytes`.
-    static void unpack_values(const Half& half, int group, int groups, const Tiles& tiles, int first, int count,
-                              int8_t* out, int64_t row_bytes) {
-        static constexpr decltype(&unpack_values_of<1>) by_width[] = {
-            unpack_values_of<1>, unpack_values_of<2>, unpack_values_of<3>, unpack_values_of<4>,
-            unpack_values_of<5>, unpack_values_of<6>, unpack_values_of<7>, unpack_values_of<8>};
-        for (int g = group; g < group + groups; ++g, out += 8 * row_bytes)
-            by_width[half.groups[g].width - 1](
-                half.groups[g], {tiles, half.groups[g].plane - half.groups[0].plane, first, count}, out, row_bytes);
+    // The values of a group, rows of `row_bytes`.
+    static void unpack_values(const Half& half, int g, const Tiles& tiles, int8_t* out, int64_t row_bytes) {
+        with_width(half.groups[g].width, [&](auto width) KV_LAMBDA {
+            const Coded<width, false> values(half, g, tiles);
+            for (int t = 0; t < tiles.count; ++t) {
+                values.ask(t);
+                each<8>([&](auto i) KV_LAMBDA {
+                    _mm512_store_si512(out + i * row_bytes + t * kTile, values.template latent<i>(t));
+                });
+            }
+        });
+    }
+
+    // f(row, N) for rows from `first` on, as many at a time as registers hold sums of.
+    template <class F>
+    static KV_INLINE void by_rows(int first, int rows, F f) {
+        for (int row = first; row < rows;) {
+            const int left = rows - row, count = left == 3 || left > 4 ? 3 : least(left, 2);
+            with_rows(count, [&](auto n) KV_LAMBDA { f(row, n); });
+            row += count;
+        }
     }
 
     static void score_latents(const Half& half, const Tiles& tiles, const Queries& queries, int16_t* keys,
                               float* scores) {
-        const int64_t tile_bytes = kTile * half.latents;
-        int8_t* unpacked = reinterpret_cast<int8_t*>(keys);
-        for (int first = 0; first < tiles.count; first += kBatch) {
-            const int count = least(kBatch, tiles.count - first);
-            unpack_keys(half, tiles, first, count, unpacked, tile_bytes);
-            for (int t = 0; t < count; ++t)
-                dot_keys(reinterpret_cast<const __m512i*>(unpacked + t * tile_bytes), half.latents, queries,
-                         scores + (first + t) * kTile);
-        }
-    }
-
-    static void dot_keys(const __m512i* tile, int latents, const Queries& queries, float* scores) {
-        for (int row = 0; row < queries.rows;) {
-            const int8_t* q = reinterpret_cast<const int8_t*>(queries.numbers + row * queries.stride);
-            const int left = queries.rows - row;
-            const auto kernel = left == 3 || left > 4 ? dot_keys_of<3> : left >= 2 ? dot_keys_of<2> : dot_keys_of<1>;
-            kernel(tile, latents, q, 2 * queries.stride, queries.unit + row, queries.offset + row,
-                   scores + row * kSplit);
-            row += left == 3 || left > 4 ? 3 : least(left, 2);
+        __m512i* kept = reinterpret_cast<__m512i*>(keys);
+        // Three rows' sums and what is unpacked fill all registers, and storing it besides would take more.
+        const int first = queries.rows > 3 ? 2 : queries.rows;
+        for (int t = 0; t < tiles.count; ++t, scores += kTile) {
+            with_rows(first, [&](auto n) KV_LAMBDA {
+                score_coded<n>(half, tiles, t, queries, queries.rows > first ? kept : nullptr, scores);
+            });
+            by_rows(first, queries.rows, [&](int row, auto n) KV_LAMBDA {
+                score_kept<n>(kept, half.group_count, queries.from(row), scores + row * kSplit);
+            });
         }
     }
 
     static void sum_values(const Half& half, const Tiles& tiles, int16_t* probability, int rows, int16_t* values,
                            int32_t* sums, int64_t stride) {
+        const uint8_t* p = reinterpret_cast<const uint8_t*>(probability);
         int8_t* unpacked = reinterpret_cast<int8_t*>(values);
         for (int g = 0; g < half.group_count; ++g, sums += 8) {
-            unpack_values(half, g, 1, tiles, 0, tiles.count, unpacked, kSplit);
-            for (int row = 0; row < rows;) {
-                const uint8_t* p = reinterpret_cast<const uint8_t*>(probability + row * kSplit);
-                const int left = rows - row;
-                const auto kernel = left == 3 || left > 4 ? dot_values_of<3>
-                                    : left >= 2           ? dot_values_of<2>
-                                                          : dot_values_of<1>;
-                for (int i = 0; i < 8; i += 4)
-                    kernel(unpacked + i * kSplit, p, tiles.count, sums + row * stride + i, stride);
-                row += left == 3 || left > 4 ? 3 : least(left, 2);
+            if (rows <= 4) {
+                with_width(half.groups[g].width, [&](auto width) KV_LAMBDA {
+                    const Coded<width, false> coded(half, g, tiles);
+                    with_rows(rows, [&](auto n) KV_LAMBDA { sum_group<n>(coded, p, tiles.count, sums, stride); });
+                });
+                continue;
             }
+            unpack_values(half, g, tiles, unpacked, kSplit);
+            by_rows(0, rows, [&](int row, auto n) KV_LAMBDA {
+                sum_group<n>(Unpacked{unpacked}, p + row * 2 * kSplit, tiles.count, sums + row * stride, stride);
+            });
         }
     }
 };

@@ -41,22 +41,19 @@ using Table = Numbers<float>;
 // Tables of one rotation; they grow, and all layers that turn alike share them.
 struct RotaryTables {
     std::vector<float> inv_freq;
-    Table angles, centres, taylor, in_order, in_quads, segment_centres, slow;
+    Table angles, centres, coefficients, in_order, in_quads, segment_centres, slow;
     Numbers<int8_t> high, low;
     Rotary view{};
 
     RotaryTables(std::vector<float> frequencies, bool interleaved) : inv_freq(std::move(frequencies)) {
         const int pairs = static_cast<int>(inv_freq.size());
-        // Frequencies fall from pair to pair; where they do not, some slow ones count as fast.
-        for (int f = 0; f < pairs; ++f)
-            if (std::abs(inv_freq[f]) * (kTile - 1) / 2 >= 0.5f) view.fast = f + 1;
-        for (int f = view.fast; f < pairs; ++f)
-            for (int k = 0; k < kTerms; ++k)
-                for (int lane = 0; lane < 2 * kSplitTiles; ++lane) {
-                    const int power = 2 * k + lane / kSplitTiles;
-                    taylor.push_back(static_cast<float>((k % 2 ? -1 : 1) * std::pow(32.0 * inv_freq[f], power) /
-                                                        std::tgamma(power + 1)));
-                }
+        // Frequencies fall from pair to pair; where they do not, some slow ones count as faster.
+        for (int n = 0; n <= kTerms; ++n)
+            for (int f = 0; f < pairs; ++f)
+                if (n == 0 || neglected(kTile / 2 * std::abs(inv_freq[f]), 2 * n) > kSlack) view.slow[n] = f + 1;
+        for (int f = view.fast(); f < pairs; ++f)
+            for (int degree = 0; degree < 2 * kTerms; ++degree)
+                coefficients.insert(coefficients.end(), kSplitTiles, chebyshev(kTile / 2 * inv_freq[f], degree));
         for (int s = 0; s < 32; ++s) {
             // Second half of a tile; quads: register 2 or 3, whose lanes hold four tokens of each quarter.
             const int quad_token = s / 4 % 4 * 16 + (2 + s / 16) * 4 + s % 4;
@@ -64,7 +61,7 @@ struct RotaryTables {
             add_offset(in_quads, s, quad_token - (kTile - 1) / 2.0);
         }
         make_series();
-        view.taylor = taylor.data();
+        view.coefficients = coefficients.data();
         view.offsets_in_order = in_order.data();
         view.offsets_in_quads = in_quads.data();
         view.pairs = pairs;
@@ -72,16 +69,19 @@ struct RotaryTables {
     }
 
     void add_offset(Table& table, int place, double offset) {
-        table.resize((view.fast + kTerms) * 64);
-        for (int f = 0; f < view.fast; ++f) {
+        const int fast = view.fast();
+        table.resize((fast + kTerms) * 64);
+        for (int f = 0; f < fast; ++f) {
             table[f * 64 + place] = static_cast<float>(std::cos(offset * inv_freq[f]));
             table[f * 64 + 32 + place] = static_cast<float>(std::sin(offset * inv_freq[f]));
         }
-        for (int k = 0; k < kTerms; ++k) {
-            table[(view.fast + k) * 64 + place] = static_cast<float>(std::pow(offset / 32, 2 * k));
-            table[(view.fast + k) * 64 + 32 + place] = static_cast<float>(std::pow(offset / 32, 2 * k + 1));
-        }
+        for (int degree = 0; degree < 2 * kTerms; ++degree)
+            table[(fast + degree / 2) * 64 + degree % 2 * 32 + place] =
+                static_cast<float>(std::cos(degree * std::acos(offset / (kTile / 2))));
     }
+
+    // About what cos(a x) and sin(a x) have of Chebyshev polynomials from this degree on: 2 J_degree(a).
+    static double neglected(double a, int degree) { return 2 * std::pow(a / 2, degree) / std::tgamma(degree + 1); }
 
     // Of cos(a x), or of sin(a x) where `degree` is odd: its coefficient of the Chebyshev polynomial of that degree.
     static float chebyshev(double a, int degree) {

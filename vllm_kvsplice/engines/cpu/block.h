@@ -31,6 +31,8 @@ struct Queries {
     const float* unit;
     const int32_t* offset;
     int rows;
+
+    Queries from(int row) const { return {numbers + row * stride, stride, unit + row, offset + row, rows - row}; }
 };
 
 // Token of a tile that stands at place `s` of its scores.

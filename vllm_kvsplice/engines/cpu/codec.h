@@ -63,9 +63,10 @@ struct Half {
     int64_t depth, part;
 };
 
-// A pair that turns by less than half a radian from a tile's centre to its end is as well a polynomial of this many even
-// and odd terms (within 1e-7), and all such pairs of a row add up to one.
-constexpr int kTerms = 4;
+// A pair that turns by little from a tile's centre to its end is as well a sum of up to this many even and as many odd
+// Chebyshev polynomials, and all such pairs of a row add up to one; within this.
+constexpr int kTerms = 6;
+constexpr double kSlack = 2e-7;
 
 // Where many rows share the work (`amx.cpp`), series go around the centres of this many tokens, and pairs that turn by less
 // than 2.6 radians from there to the end are Chebyshev polynomials up to this degree (within 1e-6).
@@ -95,18 +96,19 @@ extern const Powers kPowers;
 // Tables of one rotation, shared by all layers and grown as positions appear.
 struct Rotary {
     const float* angles;  // [positions, 2, F]: cosines, sines
-    // From pair `fast` on, pairs are polynomials within a tile.
-    const float* centres;  // [splits, F, 4, 8]: cos, -sin, sin, cos of the eight tiles' positions 64 k + 31.5
-    const float* taylor;   // [F - fast, kTerms, 2, 8]: coefficients of the even, then the odd powers of offset / 32
-    // [fast + kTerms, 2, 32]: cosines and sines of the offsets from a tile's centre to half of its tokens, then powers. The
+    // Pairs from `slow[n]` on are polynomials of n terms within a tile, those before `slow[kTerms]` are none.
+    const float* centres;       // [splits, F, 4, 8]: cos, -sin, sin, cos of the eight tiles' positions 64 k + 31.5
+    const float* coefficients;  // [F - fast, kTerms, 2, 8]: of the even, then the odd polynomials of offset / 32
+    // [fast + kTerms, 2, 32]: cosines and sines of the offsets from a tile's centre to half of its tokens, then polynomials. The
     // other half are their mirror images. In the order in which the instruction set holds a tile's tokens: as they are, or
     // quads transposed.
     const float *offsets_in_order, *offsets_in_quads;
     Series series;
-    int pairs, fast;  // F
+    int pairs, slow[kTerms + 1];  // F
     bool interleaved;
 
-    int terms() const { return fast + (fast < pairs ? kTerms : 0); }
+    int fast() const { return slow[kTerms]; }
+    int terms() const { return fast() + (fast() < pairs ? kTerms : 0); }
 };
 
 struct Layer {

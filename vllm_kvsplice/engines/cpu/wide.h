@@ -113,11 +113,11 @@ struct Wide {
         const Group& group = half.groups[g];
         const int64_t plane = group.plane - half.groups[0].plane;
         tiles.ask(tile, plane, group.width);
-        static constexpr decltype(&add_codes<1>) by_width[] = {add_codes<1>, add_codes<2>, add_codes<3>, add_codes<4>,
-                                                               add_codes<5>, add_codes<6>, add_codes<7>, add_codes<8>};
         for (int t = 0; t < kTile; t += 32) {
             Bytes latent[8] = {};
-            by_width[group.width - 1](tiles.data[tile] + plane * tiles.stride + t, tiles.stride, 0, latent);
+            with_width(group.width, [&](auto width) KV_LAMBDA {
+                add_codes<width>(tiles.data[tile] + plane * tiles.stride + t, tiles.stride, 0, latent);
+            });
             for (Bytes& codes : latent) codes = looked_up(group, codes);
             take(t, latent);
         }

@@ -192,9 +192,6 @@ inline void settle(const Half& half, const float* matrix, int first, int columns
 // Codes of some tokens of one head and kind, into their pages.
 inline void write_half(const Writing& writing, const Half& half, const Tokens& source, bool key, int head,
                        const int64_t* tokens, int count) {
-    static constexpr decltype(&write_group<1>) by_width[] = {write_group<1>, write_group<2>, write_group<3>,
-                                                             write_group<4>, write_group<5>, write_group<6>,
-                                                             write_group<7>, write_group<8>};
     const int dim = writing.layer->dim;
     Residuals residuals;
     for (int t = 0; t < count; ++t) {
@@ -222,7 +219,8 @@ inline void write_half(const Writing& writing, const Half& half, const Tokens& s
                 const uint64_t doubtful = residuals.norm[t] < kLargestNorm ? codes[t] ^ others[t] : ~0ull;
                 if (doubtful) settle(half, matrix, first, columns, 8 * g, dim, residuals, t, doubtful, codes[t]);
             }
-            by_width[groups[g].width - 1](writing, groups[g], codes, tokens, count);
+            with_width(groups[g].width,
+                       [&](auto width) KV_LAMBDA { write_group<width>(writing, groups[g], codes, tokens, count); });
         }
     }
 }
