@@ -186,6 +186,6 @@ void* scratch(size_t bytes);
 void* allocate(size_t bytes);
 void release(void* memory);
 // x - m(position) in float32, rounded like the reference engine's: [D].
-void residual(const Layer& layer, const Half& half, bool key, int64_t position, const float* x, float* out);
+void residual(const Layer& layer, const Half& half, bool key, int64_t position, const float* x, float* __restrict out);
 
 }  // namespace kvsplice

@@ -132,19 +132,24 @@ KV_INLINE void scatter(uint64_t codes, uint8_t* byte, int64_t block) {
     if constexpr (W > bits) scatter<W - bits>(codes >> bits, byte + bits * block, block);
 }
 
+// Some tokens of a step, and where they go in their pages.
+struct Batch {
+    int count = 0;
+    int64_t tokens[kTokens];
+    uint8_t* bytes[kTokens];
+};
+
 // A group's codes of some tokens, into their pages.
 template <int W>
-void write_group(const Writing& writing, const Group& group, const uint64_t* codes, const int64_t* tokens, int count) {
-    const int64_t block = writing.pages.block;
-    for (int t = 0; t < count; ++t) scatter<W>(codes[t], first_byte(writing, tokens[t]) + group.plane * block, block);
+void write_group(const Batch& batch, const Group& group, const uint64_t* codes, int64_t block) {
+    for (int t = 0; t < batch.count; ++t) scatter<W>(codes[t], batch.bytes[t] + group.plane * block, block);
 }
 
 // Asks for a group's codes, and for where they go.
-inline void ask_group(const Writing& writing, const Group& group, const int64_t* tokens, int count) {
+inline void ask_group(const Batch& batch, const Group& group, int64_t block) {
     ask(group.codes, sizeof group.codes);
-    for (int t = 0; t < count; ++t)
-        for (int c = 0; c < group.width; ++c)
-            __builtin_prefetch(first_byte(writing, tokens[t]) + (group.plane + c) * writing.pages.block, 1);
+    for (int t = 0; t < batch.count; ++t)
+        for (int c = 0; c < group.width; ++c) __builtin_prefetch(batch.bytes[t] + (group.plane + c) * block, 1);
 }
 
 inline void find_norms(Residuals& residuals, int dim, int count) {
@@ -191,17 +196,19 @@ inline void settle(const Half& half, const float* matrix, int first, int columns
 
 // Codes of some tokens of one head and kind, into their pages.
 inline void write_half(const Writing& writing, const Half& half, const Tokens& source, bool key, int head,
-                       const int64_t* tokens, int count) {
-    const int dim = writing.layer->dim;
+                       const Batch& batch) {
+    const int dim = writing.layer->dim, count = batch.count;
+    const int64_t block = writing.pages.block;
     Residuals residuals;
     for (int t = 0; t < count; ++t) {
         float x[kMaxDim], *difference = residuals.of[t];
-        const int64_t at = tokens[t] * source.token_stride + head * source.head_stride;
+        const int64_t token = batch.tokens[t], position = writing.positions[token],
+                      at = token * source.token_stride + head * source.head_stride;
         // Of the pass after next: a twentieth of the time.
         ask_row(source.data, source.dtype, at + 2 * kTokens * source.token_stride, dim);
         load_row(source.data, source.dtype, at, dim, x);
-        residual(*writing.layer, half, key, writing.positions[tokens[t]], x, difference);
-        residuals.first[t] = writing.positions[tokens[t]] == 0;
+        residual(*writing.layer, half, key, position, x, difference);
+        residuals.first[t] = position == 0;
     }
     find_norms(residuals, dim, count);
     for (int first = 0; first < half.latents; first += kColumns) {
@@ -209,7 +216,7 @@ inline void write_half(const Writing& writing, const Half& half, const Tokens& s
         const float* matrix = half.analysis + first * dim;
         const Group* groups = half.groups + first / 8;
         // A prompt has them at hand.
-        for (int g = 0; writing.tokens <= kTokens && g < columns / 8; ++g) ask_group(writing, groups[g], tokens, count);
+        for (int g = 0; writing.tokens <= kTokens && g < columns / 8; ++g) ask_group(batch, groups[g], block);
         Latents latents;
         find_latents(half, matrix, first, columns, dim, residuals, count, latents);
         for (int g = 0; g < columns / 8; ++g) {
@@ -220,7 +227,7 @@ inline void write_half(const Writing& writing, const Half& half, const Tokens& s
                 if (doubtful) settle(half, matrix, first, columns, 8 * g, dim, residuals, t, doubtful, codes[t]);
             }
             with_width(groups[g].width,
-                       [&](auto width) KV_LAMBDA { write_group<width>(writing, groups[g], codes, tokens, count); });
+                       [&](auto width) KV_LAMBDA { write_group<width>(batch, groups[g], codes, block); });
         }
     }
 }
@@ -231,22 +238,22 @@ inline void write(const Writing& writing) {
     const int threads = products < kWorthThreadsWriting ? 1 : static_cast<int>(least<int64_t>(writing.threads, tasks));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < tasks; ++task) {
-        const int64_t batch = task % batches;
+        const int64_t first = task % batches * kTokens;
         const int head = static_cast<int>(task / batches / 2);
         const bool key = task / batches % 2 == 0;
-        int64_t tokens[kTokens];
-        int count = 0;
-        for (int64_t t = batch * kTokens; t < least(writing.tokens, (batch + 1) * kTokens); ++t)
-            if (writing.slots[t] >= 0) tokens[count++] = t;
-        if (count == 0) continue;
-        for (int t = 0; t < count && key && head == 0; ++t) {
-            uint8_t* byte = first_byte(writing, tokens[t]);
-            for (int64_t c = writing.layer->code_bytes; c < writing.pages.token_bytes; ++c)
-                byte[c * writing.pages.block] = 0;
+        Batch batch;
+        for (int64_t t = first; t < least(writing.tokens, first + kTokens); ++t) {
+            if (writing.slots[t] < 0) continue;
+            batch.tokens[batch.count] = t;
+            batch.bytes[batch.count++] = first_byte(writing, t);
         }
+        if (batch.count == 0) continue;
+        for (int t = 0; t < batch.count && key && head == 0; ++t)
+            for (int64_t c = writing.layer->code_bytes; c < writing.pages.token_bytes; ++c)
+                batch.bytes[t][c * writing.pages.block] = 0;
         const Half& half = (key ? writing.layer->key : writing.layer->value)[head];
         const Tokens& source = key ? writing.key : writing.value;
-        write_half(writing, half, source, key, head, tokens, count);
+        write_half(writing, half, source, key, head, batch);
     }
 }
 
