@@ -180,9 +180,9 @@ def judge(
     model, _ = load_model(source, torch.float32)
     artifact.check_model(model.config)
     window_length(model, windows.shape[1])
-    codecs = {index: codec.to(model.device) for index, codec in artifact.codecs.items()}
     with steps(description, len(windows)) as progress:
-        found = evaluate(model, compressing_tap(codecs, mode), windows, progress, reading)
+        tap = compressing_tap(artifact.codecs_on(model.device), mode)
+        found = evaluate(model, tap, windows, progress, reading)
     if not math.isfinite(found.ppl):
         raise KVSpliceError(
             f"the model's perplexity is {found.baseline_ppl}, and {found.ppl} with its cache compressed"

@@ -38,6 +38,13 @@ def test_rotation_multiplies_pairs_by_complex_phases_up_to_position_100_000(rota
     assert (rotary.rotate(vectors, POSITIONS) - exact).abs().max() <= LIMIT
 
 
+def test_layers_that_move_share_one_table(rotary):
+    assert rotary.to(torch.device("cpu")) is rotary
+    meta = torch.device("meta")
+    assert rotary.to(meta) is rotary.to(meta)
+    assert rotary.to(meta).inv_freq.device == meta
+
+
 def test_unrotation_undoes_rotation(rotary, vectors):
     there = rotary.rotate(vectors, POSITIONS)
     assert (rotary.unrotate(there, POSITIONS) - vectors).abs().max() <= LIMIT

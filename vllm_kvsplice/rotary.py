@@ -29,12 +29,18 @@ class Rotary:
     skips: tuple[int, ...] = ()
     _cos: Tensor = field(init=False, repr=False)
     _sin: Tensor = field(init=False, repr=False)
+    _moved: dict[torch.device, "Rotary"] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._cos = self._sin = self.inv_freq.new_empty(0, len(self.inv_freq))
 
     def to(self, device: torch.device) -> "Rotary":
-        return Rotary(self.inv_freq.to(device), self.interleaved, self.skips)
+        """The same on `device`, one for all layers that ask: its tables grow with the longest sequence."""
+        if device == self.inv_freq.device:
+            return self
+        if device not in self._moved:
+            self._moved[device] = Rotary(self.inv_freq.to(device), self.interleaved, self.skips)
+        return self._moved[device]
 
     def at(self, layer: int) -> "Rotary | None":
         """The rotation of the keys of `layer`, None where they are not rotated."""

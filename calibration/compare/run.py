@@ -93,5 +93,4 @@ def _fitted(settings: Settings, fit: CalibrationConfig, model: PreTrainedModel) 
 
 
 def _ours(name: str, artifact: Artifact, model: PreTrainedModel, family: str = OURS) -> KVSplice:
-    codecs = {index: artifact.layer(index).to(model.device) for index in artifact.compressed_layers}
-    return KVSplice(f"{OURS} {name}", family, codecs)
+    return KVSplice(f"{OURS} {name}", family, artifact.codecs_on(model.device))

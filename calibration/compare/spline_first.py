@@ -35,10 +35,12 @@ class Warp:
 
     def __call__(self, value: Tensor) -> Tensor:
         """Warped values [H, T, D]."""
-        return self._each(self.spline, value, self.spline.x)
+        spline = self.spline.to(value.device)
+        return self._each(spline, value, spline.x)
 
     def inverse(self, warped: Tensor) -> Tensor:
-        return self._each(self.spline.inverse, warped, self.spline.y)
+        spline = self.spline.to(warped.device)
+        return self._each(spline.inverse, warped, spline.y)
 
     def _each(self, function: Callable[[Tensor], Tensor], value: Tensor, knots: Tensor) -> Tensor:
         rows = value.mT.flatten(0, 1).double()
@@ -86,7 +88,8 @@ def spline_first(measured: Study, bits: float) -> SplineFirst:
     artifact = measured.artifact_of(fit.codec(plan_budget(fit.distortion, measured.budget_for(bits))))
     name = "KVSplice, spline first"
     by_layer = dict(zip(measured.layers, warps, strict=True))
-    return SplineFirst(f"{name} {bits:g} bits", name, artifact.codecs, artifact, by_layer)
+    codecs = artifact.codecs_on(measured.model.device)
+    return SplineFirst(f"{name} {bits:g} bits", name, codecs, artifact, by_layer)
 
 
 def _raw(kind: KindStatistics, row: int) -> Tensor:

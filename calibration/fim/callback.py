@@ -71,6 +71,11 @@ class FimCallback(TrainerCallback):
     def __init__(self, windows: Tensor, every: int, log: Log | None = None) -> None:
         self.follower = FimFollower(windows, every, log)
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        self.on_step_end(args, state, control, **context)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:

@@ -40,7 +40,7 @@ class Moments:
 def attention_maps(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Every linear map directly inside an attention module, as ``("layer3/k_proj", map)``."""
     for module in model.modules():
-        if hasattr(module, "layer_idx") and hasattr(module, "head_dim"):
+        if hasattr(module, "layer_idx"):
             for name, child in module.named_children():
                 if isinstance(child, (nn.Linear, Conv1D)):
                     yield f"layer{module.layer_idx}/{name}", child

@@ -61,7 +61,9 @@ def _of_maps(measured: Study) -> dict[str, float]:
     means = {}
     for summary in ("weight_df", "activation_df", "weight_compression", "activation_compression"):
         found = [value for metric, value in maps.items() if metric.endswith(f"_{summary}")]
-        means[f"{PREFIX}{summary}_global_mean"] = sum(found) / len(found)
+        # There are none where attention is made of something else than linear maps.
+        if found:
+            means[f"{PREFIX}{summary}_global_mean"] = sum(found) / len(found)
     return means | {PREFIX + metric: value for metric, value in maps.items()}
 
 

@@ -13,6 +13,8 @@ from vllm_kvsplice.rotary import Rotary
 
 # Of the samples, evenly spread.
 _SAMPLES = 512
+# What heads that say nothing are divided by.
+_SILENT = 1e-30
 
 
 def head_errors(artifact: Artifact, statistics: Statistics) -> pandas.DataFrame:
@@ -45,8 +47,8 @@ def head_errors(artifact: Artifact, statistics: Statistics) -> pandas.DataFrame:
                         "head": range(len(lost)),
                         "kind": kind,
                         "bits": [sum(w) / len(w) for w in getattr(artifact.manifest.layers[layer], kind)],
-                        "relative_error": (lost / _energy(x)).sqrt(),
-                        "explained_variance": 1 - lost / _energy(u),
+                        "relative_error": (lost / _energy(x).clamp_min(_SILENT)).sqrt(),
+                        "explained_variance": 1 - lost / _energy(u).clamp_min(_SILENT),
                     }
                 )
             )

@@ -28,6 +28,9 @@ class MonotoneSpline:
     y: Tensor
     slope: Tensor
 
+    def to(self, device: torch.device) -> "MonotoneSpline":
+        return MonotoneSpline(self.x.to(device), self.y.to(device), self.slope.to(device))
+
     def __call__(self, x: Tensor) -> Tensor:
         """Values at `x` [M, n]."""
         x0, x1, y0, y1, d0, d1 = self._pieces(self.x, x)

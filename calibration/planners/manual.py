@@ -166,10 +166,15 @@ def plan_manual(distortion: Tensor, layers: Sequence[int], config: ManualConfig)
 
 
 def _size(head: Head, own: Size | None, everywhere: Everywhere) -> Size:
-    """Of a head's keys or values: its own, else the head's, else everyone's."""
+    """Of a head's keys or values: what they leave open is the head's, and what that leaves open everyone's."""
     if head.off:
         return Size(bits=MAX_WIDTH)
-    return next((size for size in (own, head, everywhere) if size is not None and size.given), Size(bits=DEFAULT_BITS))
+    given = [size for size in (own, head, everywhere) if size is not None and size.given]
+    if not given:
+        return Size(bits=DEFAULT_BITS)
+    latents = next((size for size in given if (size.rank, size.compression_ratio) != (None, None)), given[0])
+    bits = next((size.bits for size in given if size.bits is not None), None)
+    return Size(rank=latents.rank, compression_ratio=latents.compression_ratio, bits=bits)
 
 
 def _place(key: str, layers: Sequence[int], shape: torch.Size) -> tuple[int, int]:

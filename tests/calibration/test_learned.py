@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,14 @@ class TestErrors:
             plan = plan_budget(measured.fit.distortion, measured.budget_for(bits))
             lost.append(head_errors(measured.artifact(plan), measured.statistics)["relative_error"].mean())
         assert lost == sorted(lost, reverse=True)
+
+    def test_a_head_that_says_nothing_is_no_fault(self, measured, start):
+        silent, statistics = deepcopy((measured.artifact_of(start), measured.statistics))
+        for tensor in (statistics.value.mean, statistics.value.residual, silent.tensors["value.mean"]):
+            tensor[1, 0] = 0
+        silent.tensors["value.synthesis"][1, 0] = 0
+        errors = head_errors(silent, statistics)
+        assert (errors["relative_error"] == 0).sum() == 1
 
     def test_numbers_that_are_not_finite_are_caught(self, measured, start):
         broken = measured.artifact_of(start)

@@ -31,6 +31,12 @@ def test_warping_back_is_exact_also_beyond_what_was_seen() -> None:
     torch.testing.assert_close(warp.inverse(warp(values)), values, rtol=0, atol=1e-4)
 
 
+def test_a_warp_works_where_its_values_are() -> None:
+    warp = fit_warp(SKEWED)
+    elsewhere = torch.empty(2, 5, 8, device="meta")
+    assert warp.inverse(warp(elsewhere)).device == elsewhere.device
+
+
 def test_warped_values_are_nearly_gaussian() -> None:
     warped = fit_warp(SKEWED)(SKEWED)
     z = (warped - warped.mean(1, keepdim=True)) / warped.std(1, keepdim=True)

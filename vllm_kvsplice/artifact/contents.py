@@ -95,6 +95,10 @@ class Artifact:
         """Codecs of the compressed layers by the model's numbers, made once."""
         return {index: self.layer(index) for index in self.compressed_layers}
 
+    def codecs_on(self, device: torch.device) -> dict[int, LayerCodec]:
+        """The same with their tensors on `device`."""
+        return {index: codec.to(device) for index, codec in self.codecs.items()}
+
     def layer_shard(self, index: int, rank: int, ranks: int) -> LayerCodec:
         """The same for one of several tensor-parallel ranks; all ranks use pages of the same size."""
         shape, plan = self.manifest.model, self.manifest.layers[index]
