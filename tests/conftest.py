@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from playwright.sync_api import Browser, sync_playwright
 import tests.engines.device  # noqa: F401  before anything imports Triton
 from benchmarks.server import Server, running
 from calibration.models import default_model
-from calibration.pipeline import calibrate
+from calibration.planners import make_plan
 from calibration.recipe import CalibrationConfig
+from calibration.study import Study, study
+from vllm_kvsplice.artifact import save_artifact
 
-# Servers of the tests are small: what they hold is a few thousand tokens.
-MEMORY = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+# Servers of the tests are small: what they hold is a few thousand tokens. Kernels are interpreted in tests alone.
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "TRITON_INTERPRET": "0"}
 
 
 @pytest.fixture(scope="session")
@@ -26,18 +29,18 @@ def smollm() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm_artifact(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Path]:
-    """Artifacts of SmolLM2 by bits, measured once on few tokens: the tests here are not about quality."""
-    folder = tmp_path_factory.mktemp("artifacts")
+def smollm_study(smollm: Path) -> Study:
+    """SmolLM2, measured on half of the usual text: the tests here are not about quality."""
+    return study(str(smollm), CalibrationConfig(tokens=8192, context=512))
 
-    def make(bits: float) -> Path:
-        out = folder / f"{bits:g}"
-        if not out.exists():
-            recipe = CalibrationConfig(bits=bits, tokens=4096)
-            calibrate(str(smollm), out, recipe, folder / "statistics.safetensors")
-        return out
 
-    return make
+@pytest.fixture(scope="session")
+def smollm_artifact(smollm_study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its artifact at 4 bits."""
+    plan = make_plan(smollm_study.evidence, CalibrationConfig(bits=4), smollm_study.budget_for(4))
+    out = tmp_path_factory.mktemp("artifacts") / "4"
+    save_artifact(smollm_study.artifact(plan), out)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +59,12 @@ def start_briefly(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 @contextmanager
 def _starter(folder: Path) -> Iterator[Callable[..., Server]]:
+    numbers = count()
     with ExitStack() as stack:
 
         def begin(command: list[str], **environment: str) -> Server:
-            log = folder / f"{len(list(folder.glob('*')))}.log"
-            return stack.enter_context(running(command, log, MEMORY | environment))
+            log = folder / f"{next(numbers)}.log"
+            return stack.enter_context(running(command, log, ENVIRONMENT | environment))
 
         yield begin
 

@@ -145,7 +145,7 @@ def test_on_the_real_model_more_bits_are_better_and_ours_beats_peers_of_its_size
     from vllm_kvsplice.artifact import load_artifact
 
     model, tokenizer = load_model(str(smollm), torch.float32)
-    artifact = load_artifact(smollm_artifact(4.0))
+    artifact = load_artifact(smollm_artifact)
     ours = KVSplice("ours", "ours", {index: artifact.layer(index) for index in artifact.compressed_layers})
     windows = token_windows(tokenizer, TEXT, 2, 192)
     names = ("bfloat16", "int8", "int4", "int4 + Hadamard", "int3", "turboquant_4bit_nc, all layers")

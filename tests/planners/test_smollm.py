@@ -1,7 +1,5 @@
 """On the real model: Fisher-driven planning beats equal bits in the same bytes, as it expected to."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,14 +7,14 @@ from calibration.evaluate import compressing_tap, evaluate
 from calibration.models import load_model
 from calibration.planners import make_plan
 from calibration.recipe import CalibrationConfig
-from calibration.study import study
+from calibration.study import Study
 
 pytestmark = pytest.mark.model
 
 
-def test_the_same_bytes_cost_less_where_fisher_information_plans(smollm: Path) -> None:
-    # Half of the usual text: the figures in docs/planning.md are better.
-    measured = study(str(smollm), CalibrationConfig(tokens=8192, context=512))
+def test_the_same_bytes_cost_less_where_fisher_information_plans(smollm_study: Study) -> None:
+    # On half of the usual text: the figures in docs/planning.md are better.
+    measured = smollm_study
     model, _ = load_model(measured.source, torch.float32)
     costs, expected = {}, {}
     for planner in ("budget", "uniform"):
