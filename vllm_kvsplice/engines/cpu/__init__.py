@@ -22,7 +22,8 @@ except ImportError:
 
 MISSING = (
     "the C++ engine is not built, so attention runs in the slow reference engine; "
-    "install a C++ compiler (g++ 11 or newer) and reinstall with: pip install --no-build-isolation vllm-kvsplice"
+    "install a C++ compiler (g++ 11 or newer) and reinstall, from a copy of the repository, with: "
+    "pip install --no-build-isolation ."
 )
 ISA_VARIABLE = "KVSPLICE_CPU_ISA"
 
