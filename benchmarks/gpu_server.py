@@ -18,11 +18,12 @@ import torch
 import vllm
 from rich.console import Console
 
-from benchmarks.demo import ARTIFACT
 from benchmarks.gpu import append, commit
 from benchmarks.server import Server, kvsplice_command, running, vllm_command
 from benchmarks.serving import BENCH, Case, ask, decode_speed
 from calibration.models import default_model
+from vllm_kvsplice.artifact import load_artifact
+from vllm_kvsplice.serving.backend import UNEVEN
 
 RESULTS = Path(__file__).parent / "results" / "gpu_server.csv"
 # Options of stock vLLM for each cache that ours is compared with.
@@ -60,7 +61,7 @@ def measure(server: Server, case: Case, rounds: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="directory of the model; by default the one of `make demo`")
-    parser.add_argument("--artifact", type=Path, default=ARTIFACT, help="of that model")
+    parser.add_argument("--artifact", type=Path, required=True, help="of that model, calibrated with --fit pca_uniform")
     parser.add_argument("--caches", nargs="+", choices=["ours", *STOCK], default=["ours", *STOCK])
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=7000, help="tokens")
@@ -70,6 +71,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here; run this on a machine with one")
     case = Case("gpu", options.requests, options.prompt, options.answer)
+    if any(codec.spacing is None for codec in load_artifact(options.artifact).codecs.values()):
+        sys.exit(f"{options.artifact}: {UNEVEN}")
     model = options.model or default_model()
     common = ("--max-model-len", str(case.prompt + case.answer + 16), "--dtype", "bfloat16")
     commands = {name: vllm_command(model, *common, *extra) for name, extra in STOCK.items()}

@@ -15,6 +15,6 @@ __version__ = "0.1.0"
 
 def register() -> None:
     """Entry point `vllm.general_plugins`; vLLM calls it in every process, sometimes more than once."""
-    from vllm_kvsplice.serving.plugin import register as register_plugin
+    from vllm_kvsplice.serving.registration import register as register_plugin
 
     register_plugin()

@@ -1,5 +1,6 @@
 """Requests to a running server, and what it means that two answers agree."""
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,20 +18,23 @@ from vllm_kvsplice.serving.settings import DEFAULT_WINDOW
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer: tokens as text, their log-probabilities, the runner-up's, the prompt's own, and its prefix hit."""
+    """A greedy answer: token ids, log-probabilities of the best two in each place, the prompt's own, and its prefix hit."""
 
-    tokens: list[str]
-    logprobs: list[float]
-    second: list[float]
+    tokens: list[int]
+    best: list[dict[int, float]]
     prompt_logprobs: list[float]
     cached_tokens: int | None = None
+
+    @property
+    def logprobs(self) -> list[float]:
+        return [best[token] for token, best in zip(self.tokens, self.best, strict=True)]
 
     def without_prompt(self) -> "Answer":
         return replace(self, prompt_logprobs=[])
 
     def first(self, count: int) -> "Answer":
         """The same answer, had it ended after `count` tokens."""
-        return replace(self, tokens=self.tokens[:count], logprobs=self.logprobs[:count], second=self.second[:count])
+        return replace(self, tokens=self.tokens[:count], best=self.best[:count])
 
 
 def ask(server: Server, prompt: Sequence[int], max_tokens: int = 16, **options: object) -> Answer:
@@ -43,13 +47,16 @@ def ask(server: Server, prompt: Sequence[int], max_tokens: int = 16, **options: 
         max_tokens=max_tokens,
         temperature=0,
         logprobs=2,
-        extra_body={"prompt_logprobs": 0, "ignore_eos": True} | options,
+        extra_body={"prompt_logprobs": 0, "ignore_eos": True, "return_tokens_as_token_ids": True} | options,
     )
     choice = reply.choices[0]
-    # Two tokens that print alike share an entry.
-    second = [sorted(top.values())[-2:][0] for top in choice.logprobs.top_logprobs]
+    best = [{_token(name): value for name, value in top.items()} for top in choice.logprobs.top_logprobs]
     given = [next(iter(entry.values()))["logprob"] for entry in (choice.prompt_logprobs or [])[1:]]
-    return Answer(choice.logprobs.tokens, choice.logprobs.token_logprobs, second, given)
+    return Answer([_token(name) for name in choice.logprobs.tokens], best, given)
+
+
+def _token(name: str) -> int:
+    return int(name.removeprefix("token_id:"))
 
 
 def ask_all(server: Server, prompts: Sequence[Sequence[int]], **options: object) -> list[Answer]:
@@ -61,14 +68,14 @@ def ask_all(server: Server, prompts: Sequence[Sequence[int]], **options: object)
 def largest_difference(one: Answer, other: Answer) -> float:
     """Largest difference of log-probabilities, over the prompt if there is one and the answer up to where it parts.
 
-    Where the answers part, the two best tokens must be a tie within the difference itself; otherwise it is infinite.
+    Where the answers part, it is by how much `one` preferred its token to the other's, and infinite if that is not
+    among its best two.
     """
     pairs = list(zip(one.prompt_logprobs, other.prompt_logprobs, strict=True))
-    for index, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=True)):
+    for a, b, best, rival in zip(one.tokens, other.tokens, one.best, other.best, strict=True):
+        pairs.append((best[a], best.get(b, -math.inf) if a != b else rival[b]))
         if a != b:
-            gap = one.logprobs[index] - one.second[index]
-            return max(largest(pairs), gap)
-        pairs.append((one.logprobs[index], other.logprobs[index]))
+            break
     return largest(pairs)
 
 

@@ -75,10 +75,9 @@ def ask(
     answers = []
     for reply in engine.generate(requests, sampling, use_tqdm=False):
         output = reply.outputs[0]
-        chosen = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
-        second = [sorted(entry.logprob for entry in step.values())[-2] for step in output.logprobs]
+        best = [{token: entry.logprob for token, entry in step.items()} for step in output.logprobs]
         given = [next(iter(step.values())).logprob for step in (reply.prompt_logprobs or [])[1:]]
-        answers.append(Answer(list(map(str, output.token_ids)), chosen, second, given, reply.num_cached_tokens))
+        answers.append(Answer(list(output.token_ids), best, given, reply.num_cached_tokens))
     return answers
 
 

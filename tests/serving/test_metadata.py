@@ -13,7 +13,9 @@ from vllm_kvsplice.serving.backend import KVSpliceMetadataBuilder, positions_of
 from vllm_kvsplice.serving.window import WindowMetadataBuilder
 from vllm_kvsplice.serving.window_blocks import WindowSpec
 
-SPEC = WindowSpec(block_size=4, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=6, hit_alignment=16)
+SPEC = WindowSpec(
+    block_size=4, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=6, hit_alignment=16, drafts=0
+)
 
 
 def config(engine: str = "reference") -> SimpleNamespace:

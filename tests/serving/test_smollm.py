@@ -6,9 +6,11 @@ has the same check on a stock one beside it. Between two ways of computing the s
 may lie on a threshold (docs/codec.md, path independence). Tokens may differ only where the best two tie.
 """
 
+import json
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -29,6 +31,8 @@ BLOCK = 32
 COMMON = ("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--block-size", str(BLOCK))
 # Chunks of 48 tokens, and so few blocks that requests in flight preempt each other.
 CRAMPED = (*COMMON, "--max-num-batched-tokens", "48", "--max-num-seqs", "16", "--num-gpu-blocks-override", "52")
+DRAFTS = json.dumps({"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4})
+HITS = "vllm:prefix_cache_hits_total"
 # Three times what stock vLLM moves by.
 SAME = 0.0001
 FLIPPED = 0.05
@@ -44,21 +48,28 @@ def prompts(smollm: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def stock(start: Callable[..., Server], smollm: Path) -> Server:
-    return start(vllm_command(smollm, *COMMON))
-
-
-@pytest.fixture(scope="module")
-def eight_bits(start: Callable[..., Server], smollm: Path, smollm_artifact: Callable[[float], Path]) -> Server:
-    return start(kvsplice_command("serve", smollm, smollm_artifact(8), *COMMON))
-
-
-@pytest.fixture(scope="module")
-def four_bits(start: Callable[..., Server], smollm: Path, smollm_artifact: Callable[[float], Path]) -> Server:
+def servers(start: Callable[..., Server], smollm: Path, smollm_artifact: Path) -> dict[str, Server]:
+    """All servers of this module, started together: a start is mostly one thread's work."""
     # The plain way, without `kvsplice serve`.
-    options = ("--attention-backend", "CUSTOM", "--additional-config")
-    config = f'{{"kvsplice": {{"artifact": "{smollm_artifact(4)}"}}}}'
-    return start(vllm_command(smollm, *COMMON, *options, config))
+    section = json.dumps({"kvsplice": {"artifact": str(smollm_artifact)}})
+    commands = {
+        "stock": vllm_command(smollm, *COMMON),
+        "four bits": vllm_command(smollm, *COMMON, "--attention-backend", "CUSTOM", "--additional-config", section),
+        "cramped": kvsplice_command("serve", smollm, smollm_artifact, *CRAMPED),
+        "drafting": kvsplice_command("serve", smollm, smollm_artifact, *COMMON, "--speculative-config", DRAFTS),
+    }
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return dict(zip(commands, pool.map(start, commands.values()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def stock(servers: dict[str, Server]) -> Server:
+    return servers["stock"]
+
+
+@pytest.fixture(scope="module")
+def four_bits(servers: dict[str, Server]) -> Server:
+    return servers["four bits"]
 
 
 @pytest.fixture(scope="module")
@@ -67,69 +78,58 @@ def alone(four_bits: Server, prompts: list[list[int]]) -> list[Answer]:
     return [ask(four_bits, prompt, cache_salt=f"alone {index}") for index, prompt in enumerate(prompts)]
 
 
-def test_every_layer_is_compressed_and_the_blocks_grow(
-    stock: Server, four_bits: Server, eight_bits: Server, smollm_artifact: Callable[[float], Path]
-) -> None:
-    assert re.search(
-        r"KVSplice is in use: artifact \w{12}, 30 layers compressed and 0 dense", four_bits.log.read_text()
-    )
+def test_every_layer_is_compressed_and_the_blocks_grow(stock: Server, four_bits: Server, smollm_artifact: Path) -> None:
+    log = four_bits.log.read_text()
+    assert re.search(r"KVSplice is in use: artifact \w{12}, 30 layers compressed and 0 dense", log)
     assert "KVSplice" not in stock.log.read_text()
-    for server, bits in ((four_bits, 4), (eight_bits, 8)):
-        artifact = load_artifact(smollm_artifact(bits))
-        log = server.log.read_text()
-        raw = re.search(rf"window 32 tokens: .* MB a sequence \(blocks of {BLOCK} compressed or (\d+) exact", log)
-        assert raw
-        # float32 takes 32 bits an element, here and on the stock server.
-        block = max(BLOCK * artifact.bytes_per_token, int(raw[1]) * 2 * artifact.baseline_bytes_per_token)
-        assert int(server.cache_config()["num_gpu_blocks"]) == (1 << 30) // block
+    raw = re.search(rf"window 32 tokens: .* MB a sequence \(blocks of {BLOCK} compressed or (\d+) exact", log)
+    assert raw
+    artifact = load_artifact(smollm_artifact)
+    # float32 takes 32 bits an element, here and on the stock server.
+    block = max(BLOCK * artifact.bytes_per_token, int(raw[1]) * 2 * artifact.baseline_bytes_per_token)
+    assert int(four_bits.cache_config()["num_gpu_blocks"]) == (1 << 30) // block
     assert four_bits.cache_tokens() / stock.cache_tokens() >= 6
 
 
-def test_prompt_logprobs_are_those_of_this_artifact(
-    four_bits: Server, stock: Server, smollm: Path, smollm_artifact: Callable[[float], Path], prompts: list[list[int]]
+def test_logprobs_are_those_of_this_artifact(
+    four_bits: Server, stock: Server, smollm: Path, smollm_artifact: Path, prompts: list[list[int]]
 ) -> None:
     """The server computes what the Hugging Face path computes with the same artifact, and nothing else would pass."""
     model, _ = load_model(str(smollm), torch.float32)
-    artifact = load_artifact(smollm_artifact(4))
+    artifact = load_artifact(smollm_artifact)
     chosen = prompts[4:8] + prompts[-2:]
-    expected = [torch.tensor(hf_prompt_logprobs(model, prompt, artifact)) for prompt in chosen]
-    served, uncompressed = (
-        [torch.tensor(ask(server, prompt, max_tokens=1).prompt_logprobs) for prompt in chosen]
-        for server in (four_bits, stock)
-    )
+    answers = [ask(four_bits, prompt) for prompt in chosen]
+    texts = [prompt + answer.tokens for prompt, answer in zip(chosen, answers, strict=True)]
+    served = [torch.tensor(answer.prompt_logprobs + answer.logprobs) for answer in answers]
+    expected = [torch.tensor(hf_prompt_logprobs(model, text, artifact)) for text in texts]
+    uncompressed = [torch.tensor(ask(stock, text, max_tokens=1).prompt_logprobs) for text in texts]
     # The window hides the code from the first tokens. Of the rest some may carry other noise, because two implementations
     # of the model flip a code sooner or later (docs/codec.md).
-    past = slice(DEFAULT_WINDOW, None)
+    answered = len(answers[0].tokens)
+    past = slice(DEFAULT_WINDOW, -answered)
     assert _difference(served, expected, past).median() < 1e-3
     assert _difference(uncompressed, expected, past).median() > 0.01
-    assert _difference(served, expected, past).mean() < _difference(uncompressed, expected, past).mean() / 5
+    for part in (past, slice(-answered, None)):
+        print(_difference(served, expected, part).mean(), _difference(uncompressed, expected, part).mean())
+        assert _difference(served, expected, part).mean() < _difference(uncompressed, expected, part).mean() / 5
 
 
-def test_eight_bits_answer_like_stock(stock: Server, eight_bits: Server, prompts: list[list[int]]) -> None:
-    agreed = total = 0
-    drift = []
-    for expected, given in zip(ask_all(stock, prompts), ask_all(eight_bits, prompts), strict=True):
-        drift += [abs(a - b) for a, b in zip(expected.prompt_logprobs, given.prompt_logprobs, strict=True)]
-        for index, (a, b) in enumerate(zip(expected.tokens, given.tokens, strict=True)):
-            # Where the two best tokens tie, either answer is right, and what follows cannot be compared.
-            if a != b and expected.logprobs[index] - expected.second[index] < 0.02:
-                break
-            total += 1
-            agreed += a == b
-            if a != b:
-                break
-    # vLLM in bfloat16 differs from itself in float32 by 0.04 on the same prompts.
-    assert agreed / total >= 0.95
-    assert sum(drift) / len(drift) < 0.02
-
-
-@pytest.mark.parametrize("order", [1, -1], ids=["in order", "in reverse"])
-def test_batched_answers_equal_lone_ones(
-    four_bits: Server, alone: list[Answer], prompts: list[list[int]], order: int
-) -> None:
-    batched = ask_all(four_bits, prompts[:16][::order], cache_salt=f"batch {order}")[::order]
+def test_batched_answers_equal_lone_ones(four_bits: Server, alone: list[Answer], prompts: list[list[int]]) -> None:
+    batched = ask_all(four_bits, prompts[:16], cache_salt="batch")
     assert max(largest_difference(one, other) for one, other in zip(alone, batched, strict=False)) < FLIPPED
     assert sum(one.tokens == other.tokens for one, other in zip(alone, batched, strict=False)) >= 13
+
+
+def test_drafts_change_no_answer(servers: dict[str, Server], prompts: list[list[int]]) -> None:
+    """Speculative decoding by prompt lookup; steps of several tokens, some of which are taken back."""
+    repeating = [prompt + prompt[:-5] for prompt in prompts[:8]]
+    drafting = servers["drafting"]
+    plain, drafted = (ask_all(servers[name], repeating, max_tokens=32) for name in ("four bits", "drafting"))
+    assert max(largest_difference(one, other) for one, other in zip(plain, drafted, strict=True)) < FLIPPED
+    proposed, accepted = (
+        drafting.metric(f"vllm:spec_decode_num_{name}_tokens_total") for name in ("draft", "accepted")
+    )
+    assert 50 < accepted < proposed - 50
 
 
 def test_prefix_hits_equal_misses(
@@ -141,10 +141,11 @@ def test_prefix_hits_equal_misses(
     for server, asked, expected in ((stock, few, stock_alone), ours):
         for prompt in asked:
             ask(server, prompt, max_tokens=1, cache_salt="shared")
-        before = server.metric("vllm:prefix_cache_hits_total")
+        before = server.metric(HITS)
         # Log-probabilities of the prompt would make vLLM skip the cache, so only the answer is compared.
         hits = [ask(server, prompt, cache_salt="shared", prompt_logprobs=None) for prompt in asked]
-        assert server.metric("vllm:prefix_cache_hits_total") > before
+        # At least one token is computed.
+        assert server.metric(HITS) - before == sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in asked)
         moved = sorted(largest_difference(one.without_prompt(), hit) for one, hit in zip(expected, hits, strict=True))
         # One length in four leaves one token after a hit, which vLLM multiplies as a vector, in stock as well.
         assert moved[len(moved) * 3 // 4 - 1] < SAME
@@ -153,19 +154,15 @@ def test_prefix_hits_equal_misses(
 
 def test_prefixes_are_not_shared_across_salts(four_bits: Server, prompts: list[list[int]]) -> None:
     ask(four_bits, prompts[-1], cache_salt="one", prompt_logprobs=None)
-    before = four_bits.metric("vllm:prefix_cache_hits_total")
+    before = four_bits.metric(HITS)
     ask(four_bits, prompts[-1], cache_salt="another", prompt_logprobs=None)
-    assert four_bits.metric("vllm:prefix_cache_hits_total") == before
+    assert four_bits.metric(HITS) == before
 
 
 def test_chunked_and_preempted_answers_equal_whole_ones(
-    start: Callable[..., Server],
-    smollm: Path,
-    smollm_artifact: Callable[[float], Path],
-    alone: list[Answer],
-    prompts: list[list[int]],
+    servers: dict[str, Server], alone: list[Answer], prompts: list[list[int]]
 ) -> None:
-    cramped = start(kvsplice_command("serve", smollm, smollm_artifact(4), *CRAMPED))
+    cramped = servers["cramped"]
     chunked = [ask(cramped, prompt) for prompt in prompts[::3]]
     moved = sorted(largest_difference(one, other) for one, other in zip(alone[::3], chunked, strict=True))
     assert moved[len(moved) // 2] < SAME
@@ -177,9 +174,9 @@ def test_chunked_and_preempted_answers_equal_whole_ones(
 
 
 def test_bad_requests_are_refused_and_the_server_lives(
-    stock: Server, four_bits: Server, alone: list[Answer], prompts: list[list[int]]
+    four_bits: Server, alone: list[Answer], prompts: list[list[int]]
 ) -> None:
-    """F2 of reliability.md: what a client can send must never end the engine."""
+    """What a client can send must never end the engine."""
     limit = 1024
     fine = {"prompt": prompts[0], "max_tokens": 1}
     refused = [
@@ -201,7 +198,7 @@ def test_bad_requests_are_refused_and_the_server_lives(
         {**fine, "stop": [""]},
         {**fine, "prompt_logprobs": 10**4},
         {**fine, "model": "nothing"},
-        {"prompt": "x" * 5_000_000},
+        {"prompt": "x" * 200_000},
         {},
     ]
     accepted = [
@@ -215,10 +212,9 @@ def test_bad_requests_are_refused_and_the_server_lives(
         {"prompt": "\ud83d\ude00 text \x00", "max_tokens": 2},
         {"prompt": [prompts[0], prompts[1]], "max_tokens": 2},
     ]
-    for server in (stock, four_bits):
-        assert [server.post("/v1/completions", body) // 100 for body in refused] == [4] * len(refused)
-        assert [server.post("/v1/completions", body) for body in accepted] == [200] * len(accepted)
-        assert server.post("/v1/completions", b"\xff\xfe not json") // 100 == 4
+    assert [four_bits.post("/v1/completions", body) // 100 for body in refused] == [4] * len(refused)
+    assert [four_bits.post("/v1/completions", body) for body in accepted] == [200] * len(accepted)
+    assert four_bits.post("/v1/completions", b"\xff\xfe not json") // 100 == 4
     assert largest_difference(alone[0], ask(four_bits, prompts[0])) < SAME
 
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,17 @@ def test_the_user_s_block_size_is_kept(configure: Callable[..., Any]) -> None:
     assert 48 % config.additional_config["kvsplice"]["window_block"] == 0
 
 
+def test_what_a_start_filled_in_is_no_way_around_checks(configure: Callable[..., Any]) -> None:
+    """vLLM prints the configuration, so its users may hand in all of it."""
+    section = configure().additional_config["kvsplice"]
+    with pytest.raises(KVSpliceError, match=r"--block-size 48 is not a multiple"):
+        configure(additional_config={"kvsplice": section | {"window_block": 32}}, block_size=48)
+    with pytest.raises(KVSpliceError, match=r"bfloat16"):
+        configure(additional_config={"kvsplice": section}, kv_cache_dtype="fp8")
+    partly = {"kvsplice": {"digest": section["digest"]}}
+    assert configure(additional_config=partly).additional_config["kvsplice"]["window_block"] == section["window_block"]
+
+
 def test_checking_again_changes_nothing(configure: Callable[..., Any]) -> None:
     """The engine's process checks the configuration anew after it has set another block size."""
     config = configure()
@@ -112,22 +124,27 @@ def test_models_with_dense_layers_have_no_window(configure: Callable[..., Any], 
     assert config.additional_config["kvsplice"]["recent_window"] == 0
     with pytest.raises(KVSpliceError, match=r"sliding-window layers; set recent_window to 0"):
         configure(additional_config={"kvsplice": section | {"recent_window": 8}})
+    with pytest.raises(KVSpliceError, match=r"drop --disable-sliding-window"):
+        configure(additional_config={"kvsplice": section}, disable_sliding_window=True)
 
 
+BY_KIND = {"backend": CUSTOM, "backend_per_kind": {"full_attention": "TRITON_ATTN"}}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
-        "speculative decoding",
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-        "--speculative-config",
+        "drafts of a model",
+        {"speculative_config": {"method": "custom_class", "model": "some.Drafter", "num_speculative_tokens": 2}},
+        "--speculative-config.method ngram",
     ),
     (
         "connector",
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
         "--kv-transfer-config",
     ),
-    ("cache dtype", {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+    ("cache dtype", {"kv_cache_dtype": "fp8"}, r"\(fp8\); use --kv-cache-dtype bfloat16"),
+    ("backends by kind", {"attention_backend": None, "attention_config": BY_KIND}, "backend_per_kind"),
     ("block size", {"block_size": 24}, "--block-size 24"),
     ("ranks", {"tensor_parallel_size": 3}, "3 ranks|divisible"),
+    ("pipeline", {"pipeline_parallel_size": 2}, "use --tensor-parallel-size"),
     ("exact prefill alone", {"additional_config": {"kvsplice": {"prefill": "exact", "recent_window": 0}}}, "above 0"),
     ("no hybrid manager", {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
     ("unknown setting", {"additional_config": {"kvsplice": {"artefact": "x"}}}, "kvsplice.artefact"),
@@ -176,6 +193,21 @@ def test_registering_twice_wraps_once() -> None:
     vllm_kvsplice.register()
     assert type(current_platform).get_attn_backend_cls == before
     assert AttentionBackendEnum.CUSTOM.get_class() is KVSpliceBackend
+
+
+def test_a_plugin_that_fails_ends_no_server_but_those_that_ask_for_it(
+    served: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM calls a plugin unguarded, in every environment that has it installed."""
+    platform = type(current_platform)
+    monkeypatch.setattr(platform, "check_and_update_config", platform.check_and_update_config)
+    monkeypatch.setitem(sys.modules, "vllm_kvsplice.serving.plugin", None)
+    vllm_kvsplice.register()
+    EngineArgs(str(served), max_model_len=256).create_engine_config()
+    for asking in ({"attention_backend": CUSTOM}, {"additional_config": {"kvsplice": {}}}):
+        monkeypatch.setattr(AttentionBackendEnum.CUSTOM, "get_path", lambda: None, raising=False)
+        with pytest.raises(KVSpliceError, match=r"does not load \(ModuleNotFoundError: .*kvsplice doctor"):
+            EngineArgs(str(served), max_model_len=256, **asking).create_engine_config()
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,9 @@ def test_a_pool_that_could_never_admit_a_request_is_refused() -> None:
     attention = SimpleNamespace(
         layer_name="model.layers.3.attn", num_kv_heads=2, head_size=8, kv_cache_torch_dtype=torch.float32
     )
-    layer = WindowLayer(attention, tokens=20, block_size=4, hit_alignment=16)
+    layer = WindowLayer(attention, tokens=20, block_size=4, hit_alignment=16, drafts=0)
     config = SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=100),
-        cache_config=SimpleNamespace(block_size=16),
+        model_config=SimpleNamespace(max_model_len=100, original_max_model_len=100),
         max_in_flight_tokens=32,
     )
     spec = layer.get_kv_cache_spec(config)
@@ -67,5 +66,7 @@ def test_a_pool_that_could_never_admit_a_request_is_refused() -> None:
     assert layer.kv_cache.shape[0] == 20
     with pytest.raises(KVSpliceError, match=r"take 19 blocks .* there are 18; lower --max-model-len"):
         layer.bind_kv_cache(torch.empty(19, 2, 4, 16))
-    # Told to cost six blocks of 4 tokens of 2 heads of 16 numbers of 4 bytes.
+    # Told to cost six blocks of 4 tokens of 2 heads of 16 numbers of 4 bytes, and twice that where vLLM chooses the length.
     assert spec.max_memory_usage_bytes(config) == 6 * 4 * 2 * 16 * 4
+    config.model_config.original_max_model_len = -1
+    assert spec.max_memory_usage_bytes(config) == 12 * 4 * 2 * 16 * 4

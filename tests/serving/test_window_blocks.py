@@ -5,7 +5,7 @@ foreign or missing block shows at the first read.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -27,13 +27,17 @@ STEP = 128
 SHAPE = {"num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
 
 
+def window_spec(window: int, raw: int, drafts: int) -> WindowSpec:
+    return WindowSpec(block_size=raw, sliding_window=window, hit_alignment=CODES, drafts=drafts, **SHAPE)
+
+
 class Pool:
     """Two caches over one pool of blocks, and the memory that a worker would have."""
 
-    def __init__(self, window: int, raw: int, blocks: int, caching: bool) -> None:
+    def __init__(self, window: int, raw: int, blocks: int, caching: bool, drafts: int = 0) -> None:
         register_window_spec()
         init_none_hash(sha256)
-        self.spec = WindowSpec(block_size=raw, sliding_window=window, hit_alignment=CODES, **SHAPE)
+        self.spec = window_spec(window, raw, drafts)
         groups = [
             KVCacheGroupSpec(["attention"], FullAttentionSpec(block_size=CODES, **SHAPE)),
             KVCacheGroupSpec(["attention.window"], self.spec),
@@ -62,21 +66,32 @@ class Pool:
             return False
         self.hits += hit
         first = request.num_computed_tokens + hit
-        self._read_and_write(request, first, first + tokens)
+        self._read_and_write(request, request.all_token_ids, first, first + tokens)
         request.num_computed_tokens = first + tokens
         return True
 
-    def _read_and_write(self, request: Request, first: int, end: int) -> None:
+    def verify(self, request: Request, drafts: list[int], accepted: int) -> bool:
+        """Compute a request's last token and `drafts` after it, of which so many turn out right; False where no room is."""
+        first = request.num_computed_tokens
+        if self.manager.allocate_slots(request, 1 + len(drafts)) is None:
+            return False
+        self._read_and_write(request, [*request.all_token_ids, *drafts], first, first + 1 + len(drafts))
+        request.append_output_token_ids(drafts[:accepted])
+        request.num_computed_tokens = request.num_tokens
+        return True
+
+    def _read_and_write(self, request: Request, text: Sequence[int], first: int, end: int) -> None:
         blocks = self.manager.get_block_ids(request.request_id)[1]
-        expect(len(blocks) == -(-end // self.spec.block_size), "every token has a place in the block table")
+        # More where drafts were taken back.
+        expect(len(blocks) >= -(-end // self.spec.block_size), "every token has a place in the block table")
         for token in range(max(0, first - self.spec.sliding_window + 1), first):
             block, offset = blocks[token // self.spec.block_size], token % self.spec.block_size
             expect(block != 0, f"token {token} of the window before {first} has a block")
-            right = hash(tuple(request.all_token_ids[: token + 1]))
+            right = hash(tuple(text[: token + 1]))
             expect(self.memory.get((block, offset)) == right, f"token {token} reads as it was written")
         for token in range(first, end):
             if block := blocks[token // self.spec.block_size]:
-                self.memory[block, token % self.spec.block_size] = hash(tuple(request.all_token_ids[: token + 1]))
+                self.memory[block, token % self.spec.block_size] = hash(tuple(text[: token + 1]))
         held = sum(block != 0 and not self._for_a_hit(number, end) for number, block in enumerate(blocks))
         most = self.spec.max_admission_blocks_per_request(STEP, LONGEST)
         expect(held <= most, f"{held} blocks are within the {most} that admission reckons with")
@@ -107,14 +122,19 @@ def serve(pool: Pool, seed: int, steps: int = 400) -> int:
                 continue
             if request.num_computed_tokens == request.num_tokens:
                 request.append_output_token_ids(chance.randrange(50))
-            while not pool.step(request, chance.choice((1, 3, 16, STEP - 1))):
+            drafts = [chance.randrange(50) for _ in range(chance.randrange(pool.spec.drafts + 1))]
+            while not (
+                pool.verify(request, drafts, chance.randrange(len(drafts) + 1))
+                if request.num_computed_tokens + 1 == request.num_tokens
+                else pool.step(request, chance.choice((1, 3, 16, STEP - 1)))
+            ):
                 victim = running.pop()
                 pool.manager.free(victim)
                 victim.num_computed_tokens = 0
                 preempted += 1
                 if victim is request:
                     break
-            if request in running and (request.num_tokens > LONGEST - 5 or chance.random() < 0.02):
+            if request in running and (request.num_tokens > LONGEST - 5 - pool.spec.drafts or chance.random() < 0.02):
                 pool.manager.free(request)
                 running.remove(request)
     for request in running:
@@ -125,12 +145,13 @@ def serve(pool: Pool, seed: int, steps: int = 400) -> int:
 SHAPES = [(32, 8), (32, 16), (2, 4), (7, 4), (33, 32), (20, 1), (100, 8)]
 
 
+@pytest.mark.parametrize("drafts", [0, 5, 40])
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix caching", "no prefix caching"])
 @pytest.mark.parametrize(("window", "raw"), SHAPES)
-def test_every_token_of_the_window_reads_as_it_was_written(window: int, raw: int, caching: bool) -> None:
-    spec = WindowSpec(block_size=raw, sliding_window=window, hit_alignment=CODES, **SHAPE)
+def test_every_token_of_the_window_reads_as_it_was_written(window: int, raw: int, caching: bool, drafts: int) -> None:
     # Hardly two of the longest requests fit.
-    pool = Pool(window, raw, 2 * (LONGEST // CODES) + spec.max_admission_blocks_per_request(STEP, LONGEST), caching)
+    blocks = window_spec(window, raw, drafts).max_admission_blocks_per_request(STEP, LONGEST)
+    pool = Pool(window, raw, 2 * (LONGEST // CODES) + blocks, caching, drafts)
     before = pool.free
     preempted = sum(serve(pool, seed) for seed in range(3))
     assert pool.free == before
@@ -170,6 +191,12 @@ def test_planted_fault_a_token_too_few_kept_is_caught(monkeypatch: pytest.Monkey
     monkeypatch.setattr(WindowSpec, "needed", lambda spec, block, tokens: (block + 1) * 8 > tokens - 10)
     with pytest.raises(AssertionError, match=r"broken promise: token .* has a block"):
         serve(Pool(20, 8, 150, caching=True), 1)
+
+
+def test_planted_fault_drafts_forgotten_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WindowSpec, "needed", lambda spec, block, tokens: (block + 1) * 8 > tokens - 19)
+    with pytest.raises(AssertionError, match=r"broken promise: token .* has a block"):
+        serve(Pool(20, 8, 150, caching=True, drafts=40), 1)
 
 
 def test_planted_fault_windows_before_hits_dropped_finds_no_prefix(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""Inside vLLM: plugin (registration and refusals) -> settings (artifact) -> backend (cache spec, metadata, attention)."""
+"""Inside vLLM: registration -> plugin (refusals) -> settings (artifact) -> backend (cache spec, metadata, attention)."""

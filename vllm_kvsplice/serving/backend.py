@@ -16,6 +16,7 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -186,9 +187,17 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Bind this layer to its codec: only now does vLLM let an implementation learn whose it is."""
+        # Other weights do not change it, and its window and what graphs read must stay where they are.
+        if hasattr(self, "codec"):
+            return
         context = self._vllm_config.compilation_config.static_forward_context
         name, layer = next((n, la) for n, la in context.items() if getattr(la, "impl", None) is self)
         index = extract_layer_index(name)
+        if type(layer) is not Attention:
+            raise KVSpliceError(
+                f"this model has {type(layer).__name__}, which KVSplice does not support; serve it without "
+                "--attention-backend CUSTOM"
+            )
         if self._artifact.manifest.layers[index] is None or layer.head_size_v != layer.head_size:
             raise KVSpliceError(
                 f"the artifact has no codec for layer {index}; make it anew with: kvsplice calibrate MODEL --out DIR"
@@ -201,8 +210,10 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         layer.attn_backend = _backend_of(self.codec.layout.token_bytes)
         if self._settings.recent_window:
             assert self._settings.window_block is not None
-            hit_alignment = self._vllm_config.cache_config.block_size
-            self._window = WindowLayer(layer, self._settings.recent_window, self._settings.window_block, hit_alignment)
+            hit_alignment, drafts = self._vllm_config.cache_config.block_size, self._vllm_config.num_speculative_tokens
+            self._window = WindowLayer(
+                layer, self._settings.recent_window, self._settings.window_block, hit_alignment, drafts
+            )
             context[self._window.name] = self._window
 
     def do_kv_cache_update(
@@ -286,15 +297,15 @@ UNEVEN = (
     "some layers have levels that are not evenly spaced, which GPUs read far more slowly; "
     "for even ones: kvsplice calibrate MODEL --out DIR --fit pca_uniform"
 )
-_announced = False
+_announced: VllmConfig | None = None
 
 
 def _announce(vllm_config: VllmConfig, block_size: int) -> None:
-    """Once per worker, when every layer is bound: what is compressed, by which artifact, and what it saves."""
+    """Once per server, when every layer is bound: what is compressed, by which artifact, and what it saves."""
     global _announced
-    if _announced:
+    if _announced is vllm_config:
         return
-    _announced = True
+    _announced = vllm_config
     settings, artifact = served_artifact(vllm_config)
     layers = list(vllm_config.compilation_config.static_forward_context.values())
     bound = [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), KVSpliceImpl)]

@@ -1,4 +1,4 @@
-"""Registration in vLLM, and every reason for which a server refuses to start.
+"""The backend in vLLM's lists, and every reason for which a server refuses to start.
 
 vLLM's CPU platform ignores ``--attention-backend CUSTOM``, so the platform's choice of backend is wrapped. Its
 configuration check is wrapped too: it runs in the first process, before any weight is loaded, which is where a user should
@@ -6,8 +6,7 @@ learn what is wrong. Both wrappers pass everything through unless the configurat
 """
 
 import os
-import sys
-from types import TracebackType
+from functools import lru_cache
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -21,13 +20,8 @@ from vllm_kvsplice.artifact import Artifact
 from vllm_kvsplice.doctor import TESTED_VLLM, vllm_version
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.hub import locate_artifact
-from vllm_kvsplice.serving.settings import (
-    DEFAULT_WINDOW,
-    NAMESPACE,
-    Settings,
-    open_artifact,
-    read_settings,
-)
+from vllm_kvsplice.serving.registration import NAMESPACE, print_without_traceback
+from vllm_kvsplice.serving.settings import DEFAULT_WINDOW, Settings, open_artifact, read_settings
 from vllm_kvsplice.serving.window_blocks import BlockSizes, block_sizes, register_window_spec
 
 BACKEND_PATH = "vllm_kvsplice.serving.backend.KVSpliceBackend"
@@ -37,6 +31,8 @@ BLOCK_MULTIPLE = 16
 WINDOWED_BLOCK_MULTIPLE = 32
 # The GPU engine's kernels take 64 tokens of a block at a time; of shorter blocks they take fewer, and are slower.
 GPU_BLOCK_MULTIPLE = 64
+# Ways of speculative decoding that find drafts in the text itself; others have layers and a cache of their own.
+DRAFTS_WITHOUT_CACHE = ("ngram",)
 UNTESTED_VARIABLE = "VLLM_KVSPLICE_ALLOW_UNTESTED"
 _WRAPPED = "_kvsplice_wrapped"
 
@@ -71,21 +67,25 @@ def selected(vllm_config: VllmConfig) -> bool:
 def served_artifact(vllm_config: VllmConfig) -> tuple[Settings, Artifact]:
     """Settings and checked artifact of a configuration for which `selected` holds."""
     settings = read_settings(vllm_config.additional_config)
-    directory = locate_artifact(settings.artifact, vllm_config.model_config.model)
+    directory = _located(settings.artifact, vllm_config.model_config.model)
     return settings, open_artifact(directory, settings.digest)
+
+
+# Once a process: every layer asks, and a name on the Hub would be looked up each time.
+_located = lru_cache(locate_artifact)
 
 
 def prepare(vllm_config: VllmConfig) -> None:
     """Check a configuration that asks for KVSplice and write into it what follows: digest, window, block sizes.
+
+    vLLM checks copies again in every process, the engine's with the smallest block size of the groups; what was written
+    the first time stays.
 
     Raises:
         KVSpliceError: it cannot be served; the message says why and what to change.
 
     """
     settings, artifact = served_artifact(vllm_config)
-    if settings.digest is not None:
-        # Seen before: vLLM checks copies again in every process, the engine's with the smallest block size of the groups.
-        return
     artifact.check_model(vllm_config.model_config.hf_config)
     if settings.recent_window is None:
         window = DEFAULT_WINDOW if artifact.covers_all_layers else 0
@@ -93,6 +93,10 @@ def prepare(vllm_config: VllmConfig) -> None:
     reasons = [reason for present, reason in _refusals(vllm_config, settings, artifact) if present]
     if reasons:
         raise KVSpliceError(f"KVSplice cannot serve this configuration: {'; '.join(reasons)}")
+    if settings.is_filled_in:
+        return
+    if vllm_config.lora_config is not None:
+        logger.warning("KVSplice was calibrated without adapters; those that change keys or values cost more quality.")
     filled_in: dict[str, Any] = {"digest": artifact.digest}
     cache = vllm_config.cache_config
     given_size = cache.block_size if cache.user_specified_block_size else None
@@ -126,8 +130,10 @@ def chosen_block_sizes(vllm_config: VllmConfig, settings: Settings, given: int |
 
 def _refusals(vllm_config: VllmConfig, settings: Settings, artifact: Artifact) -> list[tuple[bool, str]]:
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-    model = vllm_config.model_config
+    model, speculation = vllm_config.model_config, vllm_config.speculative_config
     block_size = cache.block_size if cache.user_specified_block_size else BLOCK_MULTIPLE
+    # That of the window's blocks once these are known.
+    multiple = settings.window_block or BLOCK_MULTIPLE
     heads = model.get_total_num_kv_heads()
     ranks = parallel.tensor_parallel_size
     version = vllm_version()
@@ -137,8 +143,9 @@ def _refusals(vllm_config: VllmConfig, settings: Settings, artifact: Artifact) -
             f"vLLM {version} is untested, install {TESTED_VLLM[0]}x or set {UNTESTED_VARIABLE}=1",
         ),
         (
-            vllm_config.speculative_config is not None,
-            "speculative decoding is not supported, drop --speculative-config",
+            speculation is not None and speculation.method not in DRAFTS_WITHOUT_CACHE,
+            "speculative decoding with a draft model is not supported, use "
+            "--speculative-config.method ngram or drop --speculative-config",
         ),
         (
             vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
@@ -146,14 +153,27 @@ def _refusals(vllm_config: VllmConfig, settings: Settings, artifact: Artifact) -
         ),
         (
             cache.cache_dtype not in ("auto", "bfloat16", "float16"),
-            f"the artifact decides the cache's format, drop --kv-cache-dtype {cache.cache_dtype}",
+            f"the artifact decides the cache's format, not --kv-cache-dtype or the checkpoint ({cache.cache_dtype}); "
+            "use --kv-cache-dtype bfloat16",
         ),
         (
-            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-            "context parallelism is not supported, use --tensor-parallel-size",
+            parallel.decode_context_parallel_size > 1
+            or parallel.prefill_context_parallel_size > 1
+            or parallel.pipeline_parallel_size > 1,
+            "context and pipeline parallelism are not supported, use --tensor-parallel-size",
         ),
         (heads % ranks != 0 and ranks % heads != 0, f"{heads} KV heads cannot be spread over {ranks} ranks"),
-        (block_size % BLOCK_MULTIPLE != 0, f"--block-size {block_size} is not a multiple of {BLOCK_MULTIPLE}"),
+        (block_size % multiple != 0, f"--block-size {block_size} is not a multiple of {multiple}"),
+        (
+            bool(vllm_config.attention_config.backend_per_kind),
+            "some layers would stay uncompressed, drop --attention-config.backend_per_kind",
+        ),
+        (
+            model.disable_sliding_window and not artifact.covers_all_layers,
+            "sliding-window layers have no codec, drop --disable-sliding-window",
+        ),
+        (model.enable_sleep_mode, "sleeping is not supported, drop --enable-sleep-mode"),
+        (model.attention_chunk_size is not None, "attention in local chunks is not supported"),
         (
             bool(settings.recent_window) and not artifact.covers_all_layers,
             "the exact window needs every layer compressed, and this model has sliding-window layers; "
@@ -184,7 +204,7 @@ def _wrap_config_check(platform: Any) -> None:
             if vllm_config.model_config is not None and selected(vllm_config):
                 prepare(vllm_config)
         except KVSpliceError:
-            _print_without_traceback()
+            print_without_traceback()
             raise
         original(cls, vllm_config)
 
@@ -204,16 +224,3 @@ def _wrap_backend_choice(platform: Any) -> None:
         return original(cls, selected_backend=stock, attn_selector_config=attn_selector_config, **options)
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
-
-
-def _print_without_traceback() -> None:
-    """A server that stops for a user's mistake ends with the one sentence that mends it."""
-    previous = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if isinstance(error, KVSpliceError):
-            print(f"kvsplice: {error}", file=sys.stderr)
-        else:
-            previous(kind, error, traceback)
-
-    sys.excepthook = hook

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_kvsplice.artifact import Artifact, load_artifact
 from vllm_kvsplice.engines import default_engine, get_engine
 from vllm_kvsplice.errors import ArtifactError, KVSpliceError
+from vllm_kvsplice.serving.registration import NAMESPACE
 
-NAMESPACE = "kvsplice"
 # Quality and memory by window: docs/window.md.
 DEFAULT_WINDOW = 32
 MAX_WINDOW = 1 << 20
@@ -41,6 +41,11 @@ class Settings(BaseModel):
     digest: str | None = None
     window_block: int | None = None
 
+    @property
+    def is_filled_in(self) -> bool:
+        """Whether a start has filled in what it fills in."""
+        return self.digest is not None and (self.recent_window == 0 or self.window_block is not None)
+
 
 def read_settings(additional_config: Any) -> Settings:
     """The `kvsplice` part of vLLM's ``additional_config``; raises `KVSpliceError` on anything unknown in it."""
@@ -61,5 +66,8 @@ def open_artifact(directory: Path, digest: str | None) -> Artifact:
     """Load and check an artifact once per process; with `digest`, insist that it is still that one."""
     artifact = load_artifact(directory)
     if digest not in (None, artifact.digest):
-        raise ArtifactError(f"the artifact at {directory} changed while the server was starting; start it again")
+        raise ArtifactError(
+            f"the artifact at {directory} is not the one that was named ({digest[:12]}): it changed while the server was "
+            "starting, so start it again; or additional_config has a digest, which belongs to an earlier start, so drop it"
+        )
     return artifact

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -147,7 +148,7 @@ class WindowLayer(torch.nn.Module, AttentionLayerBase):
 
     """
 
-    def __init__(self, layer: Any, tokens: int, block_size: int, hit_alignment: int) -> None:
+    def __init__(self, layer: Any, tokens: int, block_size: int, hit_alignment: int, drafts: int) -> None:
         super().__init__()
         self.name = f"{layer.layer_name}.window"
         self.tokens = tokens
@@ -160,6 +161,7 @@ class WindowLayer(torch.nn.Module, AttentionLayerBase):
             # vLLM finds no prefix for a window that reads nothing before its own token.
             sliding_window=max(2, tokens),
             hit_alignment=hit_alignment,
+            drafts=drafts,
         )
 
     def get_attn_backend(self) -> type[AttentionBackend]:
@@ -172,7 +174,8 @@ class WindowLayer(torch.nn.Module, AttentionLayerBase):
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Take the pages that vLLM has allocated; raises `KVSpliceError` where one request would never be admitted."""
         longest, in_flight = self._config.model_config.max_model_len, self._config.max_in_flight_tokens
-        blocks = -(-longest // self._config.cache_config.block_size)
+        # Not the configuration's block size, which by now may be the window's (docs/vllm.md).
+        blocks = cdiv(longest, self._spec.hit_alignment)
         blocks += self._spec.max_admission_blocks_per_request(in_flight, longest)
         # Block 0 is nobody's.
         if len(kv_cache) - 1 < blocks:

@@ -82,19 +82,21 @@ class WindowSpec(SlidingWindowSpec):
 
     Attributes:
         hit_alignment: tokens; a prefix hit ends at a multiple of it, so the window before such a place is worth keeping.
+        drafts: tokens that speculative decoding adds to a step and may take back, with which the window moves back as well.
 
     """
 
     hit_alignment: int
+    drafts: int
 
     @property
     def window_blocks(self) -> int:
-        """The most blocks that the last W tokens of a sequence lie in."""
-        return cdiv(self.sliding_window - 1, self.block_size) + 1
+        """The most blocks that the tokens lie in that later steps of a sequence read."""
+        return cdiv(self.sliding_window + self.drafts - 1, self.block_size) + 1
 
     def needed(self, block: int, tokens: int) -> bool:
         """Whether a later step of a sequence of `tokens` reads its block number `block`."""
-        return (block + 1) * self.block_size > tokens - self.sliding_window + 1
+        return (block + 1) * self.block_size > tokens - self.drafts - self.sliding_window + 1
 
     def before_hit(self, block: int) -> bool:
         """Whether a prefix hit reads it: the W - 1 tokens before a multiple of `hit_alignment`."""
@@ -111,8 +113,10 @@ class WindowSpec(SlidingWindowSpec):
 
         vLLM would add the tokens of a whole step to each sequence, and these never have a place here.
         """
-        longest = cdiv(vllm_config.model_config.max_model_len, self.block_size)
-        return min(self.window_blocks, longest) * self.page_size_bytes
+        model = vllm_config.model_config
+        # Where vLLM looks for the longest sequence that fits, it must also fit during a step.
+        windows = 2 if model.original_max_model_len == -1 else 1
+        return min(windows * self.window_blocks, cdiv(model.max_model_len, self.block_size)) * self.page_size_bytes
 
 
 class WindowManager(SlidingWindowManager):
@@ -192,10 +196,10 @@ class WindowManager(SlidingWindowManager):
             blocks[i] = self._null_block
         self.block_pool.free_blocks(freed)
 
-    def free(self, request_id: str) -> None:
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See `SingleTypeKVCacheManager`."""
         self._removed.pop(request_id, None)
-        super().free(request_id)
+        return super().pop_blocks_for_free(request_id)
 
 
 def register_window_spec() -> None:
