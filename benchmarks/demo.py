@@ -15,7 +15,7 @@ from rich.table import Table
 from benchmarks.server import Server, kvsplice_command, running, vllm_command
 from calibration.models import default_model
 from vllm_kvsplice.artifact import load_artifact
-from vllm_kvsplice.serving.settings import DEFAULT_WINDOW
+from vllm_kvsplice.engines import DEFAULT_WINDOW
 
 BUILD = Path("build/demo")
 ARTIFACT = BUILD / "artifact"

@@ -22,8 +22,8 @@ from calibration.models import default_model, load_model
 from calibration.progress import steps
 from calibration.text import read_text, token_windows
 from vllm_kvsplice.artifact import Artifact, load_artifact
+from vllm_kvsplice.engines import DEFAULT_WINDOW
 from vllm_kvsplice.serving.plugin import WINDOWED_BLOCK_MULTIPLE
-from vllm_kvsplice.serving.settings import DEFAULT_WINDOW
 from vllm_kvsplice.serving.window_blocks import block_sizes
 
 WINDOWS = (0, 8, 16, 32, 64, 128)

@@ -12,8 +12,9 @@ from calibration.fit import FittedCodec
 from calibration.fit.errors import error_table, head_errors
 from calibration.fit.finetune import Schedule, finetune
 from calibration.models import Source, load_model, short_name, window_length
-from calibration.plan import Plan, budget_range, plan_budget
+from calibration.plan import Plan
 from calibration.planners import make_plan
+from calibration.planners.budget import budget_range, plan_budget
 from calibration.planners.files import PlanFile, describe
 from calibration.planners.search import CURVE_BITS, search_bits
 from calibration.progress import console, steps

@@ -17,8 +17,9 @@ from calibration.fim.attention import attention_spectra, by_head
 from calibration.fim.runs import read_runs
 from calibration.fit import FitByHead, FittedCodec
 from calibration.models import Source, fast_dtype, load_model, rotary_of, short_name, window_length
-from calibration.plan import Plan, budget_for_bits, budget_range
+from calibration.plan import Plan
 from calibration.planners import Evidence, check_files
+from calibration.planners.budget import budget_for_bits, budget_range
 from calibration.planners.tiers import Metrics
 from calibration.progress import console, steps
 from calibration.recipe import CalibrationConfig

@@ -12,7 +12,7 @@ from calibration.compare.methods import KVSplice, Method
 from calibration.compare.peers import PEERS, rank_peers
 from calibration.compare.spline_first import spline_first
 from calibration.models import load_model, window_length
-from calibration.plan import plan_budget
+from calibration.planners.budget import plan_budget
 from calibration.progress import steps
 from calibration.recipe import CalibrationConfig
 from calibration.study import study

@@ -13,7 +13,7 @@ from torch import Tensor
 from calibration.compare.methods import KVSplice
 from calibration.fit import FITS
 from calibration.fit.splines import MonotoneSpline
-from calibration.plan import plan_budget
+from calibration.planners.budget import plan_budget
 from calibration.statistics import KindStatistics
 from calibration.study import Study
 from vllm_kvsplice.artifact import Artifact

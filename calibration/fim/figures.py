@@ -11,6 +11,7 @@ from calibration.fim.runs import PREFIX, Run
 from calibration.fim.scores import category, potential_of
 from calibration.planners.files import PlanFile
 from calibration.planners.tiers import TierRule
+from vllm_kvsplice.engines import DEFAULT_WINDOW
 from vllm_kvsplice.layout import MAX_WIDTH
 
 # Seen on white and on near black alike.
@@ -20,8 +21,6 @@ HEAT = "Viridis"
 MARKS = {"critical": ("x", "#e4572e"), "high_potential": ("circle", "#2a9d8f")}
 _MAP = re.compile(rf"{PREFIX}layer(\d+)/[^/]+_(weight|activation)_df")
 LENGTHS = tuple(1 << power for power in range(9, 18))
-# The exact window of a server, unless it is told another (docs/window.md).
-WINDOW = 32
 
 
 def compression_heatmap(run: Run) -> go.Figure:
@@ -261,7 +260,10 @@ def memory(plan: PlanFile) -> go.Figure:
     dense, packed = plan.baseline_bytes_per_token, plan.bytes_per_token
     sizes: dict[str, tuple[str, Callable[[int], float]]] = {
         "dense, 16 bits": ("#8d99ae", lambda tokens: tokens * dense),
-        f"this plan, window {WINDOW}": ("#4361ee", lambda tokens: tokens * packed + min(tokens, WINDOW) * dense),
+        f"this plan, window {DEFAULT_WINDOW}": (
+            "#4361ee",
+            lambda tokens: tokens * packed + min(tokens, DEFAULT_WINDOW) * dense,
+        ),
     }
     figure = go.Figure()
     for name, (colour, size) in sizes.items():

@@ -24,7 +24,7 @@ from calibration.fit.codebooks import (
 from calibration.fit.coder import fit_sinks
 from calibration.fit.splines import MonotoneSpline, spline_levels
 from calibration.fit.transform import Transform, weighted_klt
-from calibration.plan import plan_budget
+from calibration.planners.budget import plan_budget
 from calibration.statistics import FISHER_FLOOR, KindStatistics, Statistics
 from vllm_kvsplice.artifact import pack_levels
 from vllm_kvsplice.codec import LEVELS

@@ -17,7 +17,7 @@ from calibration.fit.errors import head_errors
 from calibration.fit.finetune import Schedule, finetune
 from calibration.fit.trainable import TrainableCodec
 from calibration.pipeline import calibrate, make
-from calibration.plan import plan_budget
+from calibration.planners.budget import plan_budget
 from calibration.recipe import CalibrationConfig
 from calibration.statistics import KindStatistics, Statistics
 from calibration.study import Study, study

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibration.plan import Plan, budget_for_bits, plan_budget
+from calibration.plan import Plan
+from calibration.planners.budget import budget_for_bits, plan_budget
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH, TOKEN_ALIGNMENT, LayerLayout
 

@@ -14,8 +14,8 @@ from calibration.models import load_model
 from calibration.text import token_windows
 from tests.models import TEXT
 from vllm_kvsplice.artifact import Artifact, load_artifact
+from vllm_kvsplice.engines import DEFAULT_WINDOW
 from vllm_kvsplice.huggingface import CompressedKVModelWrapper
-from vllm_kvsplice.serving.settings import DEFAULT_WINDOW
 
 pytestmark = pytest.mark.model
 

@@ -13,7 +13,7 @@ from benchmarks.server import Server
 from calibration.attention import Reading, tapped
 from calibration.evaluate import compressing_tap
 from vllm_kvsplice.artifact import Artifact
-from vllm_kvsplice.serving.settings import DEFAULT_WINDOW
+from vllm_kvsplice.engines import DEFAULT_WINDOW
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from calibration.recipe import CalibrationConfig
 from tests.models import TEXT, tiny_model, tiny_tokenizer
 from tests.serving.requests import ask, ask_all, hf_prompt_logprobs, largest_difference
 from vllm_kvsplice.artifact import load_artifact
-from vllm_kvsplice.serving.settings import DEFAULT_WINDOW
+from vllm_kvsplice.engines import DEFAULT_WINDOW
 
 pytestmark = pytest.mark.server
 

@@ -23,7 +23,7 @@ from benchmarks.server import Server, kvsplice_command, vllm_command
 from calibration.models import load_model
 from tests.serving.requests import Answer, ask, ask_all, hf_prompt_logprobs, largest_difference
 from vllm_kvsplice.artifact import load_artifact
-from vllm_kvsplice.serving.settings import DEFAULT_WINDOW
+from vllm_kvsplice.engines import DEFAULT_WINDOW
 
 pytestmark = [pytest.mark.server, pytest.mark.model]
 

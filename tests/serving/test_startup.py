@@ -21,12 +21,11 @@ from calibration.pipeline import calibrate
 from calibration.recipe import CalibrationConfig
 from tests.models import TEXT, tiny_model
 from vllm_kvsplice.artifact import make_artifact, save_artifact
-from vllm_kvsplice.engines import ENGINES
+from vllm_kvsplice.engines import DEFAULT_WINDOW, ENGINES
 from vllm_kvsplice.engines.triton import TritonEngine
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.serving import plugin
 from vllm_kvsplice.serving.backend import KVSpliceBackend, KVSpliceImpl
-from vllm_kvsplice.serving.settings import DEFAULT_WINDOW
 
 CUSTOM = "CUSTOM"
 

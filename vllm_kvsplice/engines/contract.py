@@ -11,6 +11,10 @@ from torch import Tensor
 
 from vllm_kvsplice.codec import LayerCodec
 
+# Of the exact window. Quality and memory by window: docs/window.md.
+DEFAULT_WINDOW = 32
+MAX_WINDOW = 1 << 20
+
 
 @dataclass(frozen=True)
 class Batch:

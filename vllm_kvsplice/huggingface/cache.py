@@ -8,12 +8,12 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
 from vllm_kvsplice.artifact import Artifact
+from vllm_kvsplice.engines import DEFAULT_WINDOW, MAX_WINDOW
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.hub import from_pretrained
 from vllm_kvsplice.huggingface.attention import ATTENTION
 from vllm_kvsplice.huggingface.layer import CompressedLayer, Warp, WarpedLayer
 from vllm_kvsplice.huggingface.pruning import PrunedLayer
-from vllm_kvsplice.serving.settings import DEFAULT_WINDOW, MAX_WINDOW
 
 
 class KVSpliceCache(Cache):

@@ -8,10 +8,10 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_kvsplice.artifact import Artifact, save_artifact
+from vllm_kvsplice.engines import DEFAULT_WINDOW
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.hub import from_pretrained
 from vllm_kvsplice.huggingface.cache import KVSpliceCache
-from vllm_kvsplice.serving.settings import DEFAULT_WINDOW
 
 
 class CompressedKVModelWrapper:

@@ -18,10 +18,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from vllm_kvsplice.artifact import Artifact
 from vllm_kvsplice.doctor import TESTED_VLLM, vllm_version
+from vllm_kvsplice.engines import DEFAULT_WINDOW
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.hub import locate_artifact
 from vllm_kvsplice.serving.registration import NAMESPACE, print_without_traceback
-from vllm_kvsplice.serving.settings import DEFAULT_WINDOW, Settings, open_artifact, read_settings
+from vllm_kvsplice.serving.settings import Settings, open_artifact, read_settings
 from vllm_kvsplice.serving.window_blocks import BlockSizes, block_sizes, register_window_spec
 
 BACKEND_PATH = "vllm_kvsplice.serving.backend.KVSpliceBackend"

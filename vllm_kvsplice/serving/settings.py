@@ -7,13 +7,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_kvsplice.artifact import Artifact, load_artifact
-from vllm_kvsplice.engines import default_engine, get_engine
+from vllm_kvsplice.engines import MAX_WINDOW, default_engine, get_engine
 from vllm_kvsplice.errors import ArtifactError, KVSpliceError
 from vllm_kvsplice.serving.registration import NAMESPACE
 
-# Quality and memory by window: docs/window.md.
-DEFAULT_WINDOW = 32
-MAX_WINDOW = 1 << 20
 FILLED_IN = ("digest", "window_block")
 
 
