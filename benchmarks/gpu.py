@@ -1,6 +1,6 @@
 """Decode attention of the GPU engine on this machine's GPU, beside dense attention; needs nothing but torch and Triton.
 
-    python -m benchmarks.gpu [--quick] [--minutes 9]
+    python -m benchmarks.gpu [--only '32/8x128 16x32768'] [--minutes 9]
 
 First the kernels are checked against the reference engine; a wrong answer ends the program. Then, per shape, batch, context
 and bits: microseconds of one layer's decode step in a CUDA graph, compressed bytes per second and their share of a measured
@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "gpu.csv"
 SHAPES = {"32/8x128": (32, 8, 128), "64/8x128": (64, 8, 128)}
 # Of the groups, by bits per element.
 WIDTHS = {2.5: (1, 2, 2, 2, 3, 3, 3, 4), 3.0: (1, 2, 3, 3, 3, 4, 4, 4), 4.0: (2, 3, 4, 4, 4, 5, 5, 5)}
-BATCHES, CONTEXTS = (1, 4, 16, 64), (4096, 32768, 131072)
+BATCHES, CONTEXTS, TARGET = (1, 4, 16, 64), (4096, 32768, 131072), (16, 32768)
 BLOCK, WINDOW, WINDOW_BLOCK = 64, 32, 16
 # Read in turn by one measurement: several times what an L2 cache holds.
 RESIDENT_BYTES, MOST_LAYERS = 1 << 30, 16
@@ -52,6 +52,10 @@ class Load:
     context: int
     bits: float
     uniform: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape} {self.batch}x{self.context} {self.bits} bits"
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -201,13 +205,14 @@ def dense(load: Load, device: torch.device, dtype: torch.dtype) -> float:
     return microseconds(run) / layers
 
 
-def loads(quick: bool) -> Iterator[Load]:
-    """With evenly spaced levels, and once for each shape with others, which have a kernel of their own."""
-    for shape in SHAPES:
-        for context in CONTEXTS[:2] if quick else CONTEXTS:
-            for batch in BATCHES[::2] if quick else BATCHES:
-                yield from (Load(shape, batch, context, bits) for bits in WIDTHS)
-        yield Load(shape, 16, 32768, 3.0, uniform=False)
+def loads(only: str) -> list[Load]:
+    """Those with `only` in their name; what the targets are set for first, because time may run out.
+
+    With evenly spaced levels, and once for each shape with others, which have a kernel of their own.
+    """
+    found = [Load(*each) for each in product(SHAPES, BATCHES, CONTEXTS, WIDTHS)]
+    found += [Load(shape, *TARGET, 3.0, uniform=False) for shape in SHAPES]
+    return sorted((load for load in found if only in load.name), key=lambda load: (load.batch, load.context) != TARGET)
 
 
 def commit() -> str:
@@ -215,14 +220,14 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def measure(quick: bool, seconds: float) -> Iterator[dict[str, object]]:
+def measure(only: str, seconds: float) -> Iterator[dict[str, object]]:
     """A row for each load that fits the GPU, until the time is over."""
     device, until = torch.device("cuda"), perf_counter() + seconds
     memory = torch.cuda.get_device_properties(device).total_memory
     speed, about = copy_speed(device), {"gpu": torch.cuda.get_device_name(device), "commit": commit()}
     about |= {"torch": torch.__version__, "triton": triton.__version__, "copy_GB_s": f"{speed / 1e9:.0f}"}
     known: dict[tuple[str, int, int], tuple[float, float]] = {}
-    for load in loads(quick):
+    for load in loads(only):
         if perf_counter() > until:
             print("The time is over; the rest was not measured.")
             return
@@ -246,24 +251,27 @@ def measure(quick: bool, seconds: float) -> Iterator[dict[str, object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer batches and contexts")
+    parser.add_argument("--only", default="", help="part of a load's name, such as '32/8x128 16x32768 3.0 bits'")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no new measurement begins")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here; run this on a machine with one")
     check(torch.device("cuda"))
-    for row in measure(options.quick, options.minutes * 60):
+    for row in measure(options.only, options.minutes * 60):
         append(RESULTS, row)
         print(*(f"{name}={value}" for name, value in row.items() if name not in ("gpu", "commit")), flush=True)
 
 
 def append(file: Path, row: dict[str, object]) -> None:
-    """Add a row to a CSV file, with a header where there is none."""
-    new = not file.exists()
+    """Add a row to a CSV file, with a header where there is none; ends the program where there is another."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", newline="") as out:
+    with file.open("a+", newline="") as out:
+        out.seek(0)
+        header = next(csv.reader(out), None)
+        if header not in (None, list(row)):
+            sys.exit(f"{file} has other columns than {', '.join(row)}; move it away")
         writer = csv.DictWriter(out, list(row))
-        if new:
+        if header is None:
             writer.writeheader()
         writer.writerow(row)
 
