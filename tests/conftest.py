@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
 
 import tests.engines.device  # noqa: F401  before anything imports Triton
 from benchmarks.server import Server, running
@@ -17,6 +17,9 @@ from calibration.planners import make_plan
 from calibration.recipe import CalibrationConfig
 from calibration.study import Study, study
 from vllm_kvsplice.artifact import save_artifact
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # Servers of the tests are small: what they hold is a few thousand tokens. Kernels are interpreted in tests alone.
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "TRITON_INTERPRET": "0"}
@@ -70,8 +73,11 @@ def _starter(folder: Path) -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture(scope="session")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Browser"]:
     """The headless Chromium that `make test` installs beside the packages."""
+    # Only here, because machines that run kernels' tests alone need none.
+    from playwright.sync_api import sync_playwright
+
     home = Path(sys.prefix) / "browser"
     if not (home / "chromium").exists():
         pytest.fail(f"there is no browser in {home}; install it with: make {home}/chromium")

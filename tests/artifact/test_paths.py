@@ -154,12 +154,15 @@ def test_unreadable_file_is_named(folder: Path, name: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_failing_disk_is_refused(folder: Path, name: str, monkeypatch) -> None:
-    def fail(path: Path, *arguments, **options):
-        raise OSError(errno.EIO, "Input/output error", str(path))
+    real = os.open
 
-    monkeypatch.setattr(os, "fdopen", fail)
+    def fail(path: Path, *arguments, **options):
+        if os.fspath(path).endswith(name):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, *arguments, **options)
+
     monkeypatch.setattr(os, "open", fail)
-    assert "cannot be read" in refusal(folder)
+    assert f"{name} cannot be read" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The real SmolLM2 with its packed cache: what evaluation reads, in batches and in steps, in a fraction of the memory."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,8 +27,8 @@ def model(smollm: Path) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def artifact(smollm_artifact: Callable[[float], Path]) -> Artifact:
-    return load_artifact(smollm_artifact(4))
+def artifact(smollm_artifact: Path) -> Artifact:
+    return load_artifact(smollm_artifact)
 
 
 @pytest.fixture(scope="module")
