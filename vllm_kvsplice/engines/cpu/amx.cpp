@@ -94,7 +94,7 @@ struct AmxPrompt {
     void lay_out(char*& at, const A& a) {
         dim = a.dim;
         wide = static_cast<int>(round_up(dim, kProductRows));
-        pairs = a.pairs;
+        pairs = a.means.pairs;
         tables = pairs ? &a.layer.rotary->series : nullptr;
         key_tiles = static_cast<int>(ceil_div(a.key_latents, 64));
         value_pairs = static_cast<int>(ceil_div(a.value_latents, 32));
@@ -164,7 +164,7 @@ struct AmxPrompt {
         scale_queries(group, scale);
         float *to = series + row * 2 * pairs, *absorbed = floats_of(group);
         store(constant + row,
-              a.split_mean(half, reinterpret_cast<const Floats*>(turned), reinterpret_cast<Floats*>(to)));
+              split_mean(a.layer, half, reinterpret_cast<const Floats*>(turned), reinterpret_cast<Floats*>(to)));
         Floats sizes = reach(a.layer.rotary, to) * (1 / kFactor), score{};
         for (int r = 0; r < half.latents; ++r) {
             const Floats x = load(absorbed + r * kLanes) * scale;

@@ -16,6 +16,7 @@
 //     sum_values         sums of products of probabilities and values over a split, [rows, stride]
 #pragma once
 
+#include "means.h"
 #include "window.h"
 
 namespace kvsplice {
@@ -37,13 +38,13 @@ struct Attention {
     const Step& step;
     const Layer& layer;
     Workspace<kRows> w;
+    Means<Isa> means;
     ExactWindow window;
     typename Isa::Prompt prompt;
     const Block* next = nullptr;
-    int dim, pairs, key_latents, value_latents, state_size, partial_size;
+    int dim, key_latents, value_latents, state_size, partial_size;
 
-    explicit Attention(const Step& s) : step(s), layer(*s.layer), dim(s.layer->dim) {
-        pairs = layer.rotary ? layer.rotary->pairs : 0;
+    explicit Attention(const Step& s) : step(s), layer(*s.layer), means(layer), dim(s.layer->dim) {
         key_latents = value_latents = 0;
         int64_t planes = 0;
         for (int h = 0; h < layer.heads; ++h) {
@@ -62,8 +63,6 @@ struct Attention {
     void lay_out(char*& at, int64_t planes) {
         place(at, w.query, kFewRows * round_up(dim, 16));
         place(at, w.absorbed, kFewRows * round_up(key_latents, 16));
-        place(at, w.pairs, kFewRows * 2 * pairs);
-        place(at, w.turned, kTurned * turned_size());
         place(at, w.scores, kFewRows * kSplit);
         place(at, w.partial, kFewRows * partial_size);
         place(at, w.state, kFewRows * state_size);
@@ -74,6 +73,7 @@ struct Attention {
         place(at, w.unpacked, most(Isa::key_places(key_latents), Isa::value_places(value_latents)));
         place(at, w.sums, kFewRows * round_up(value_latents, 64));
         place(at, w.tiles, kSplit * planes);
+        means.lay_out(at);
         window.lay_out(at, *this);
         prompt.lay_out(at, *this);
     }
@@ -114,7 +114,7 @@ struct Attention {
             float* q = w.query + row * round_up(dim, 16);
             load_row(step.query.data, step.query.dtype, find_query(b, row), dim, q);
             for (int d = 0; d < dim; ++d) q[d] *= step.scale * kLog2E;
-            w.constant[row] = split_mean(half, q, w.pairs + row * 2 * pairs);
+            means.prepare(half, row, q);
         }
         multiply(w.query, round_up(dim, 16), dim, half.synthesis, half.latents, w.absorbed, round_up(key_latents, 16),
                  b.rows);
@@ -180,23 +180,6 @@ struct Attention {
         w.offset[row] = Isa::kKeyOffset * total;
         const int64_t stride = round_up(key_latents, 64);
         Isa::pack_query(rounded, half.latents, stride, w.quantised + row * stride);
-    }
-
-    // q . R(j) mean = sum over pairs of P cos(w j) + S sin(w j), and a constant from dimensions that do not turn, returned.
-    // `T` is one row's numbers or many's.
-    template <class T>
-    T split_mean(const Half& half, const T* q, T* cosine) const {
-        const bool adjacent = pairs && layer.rotary->interleaved;
-        const int step = adjacent ? 2 : 1, apart = adjacent ? 1 : pairs;
-        const float *mean = half.mean, *mean_far = mean + apart;
-        const T* q_far = q + apart;
-        for (int f = 0; f < pairs; ++f) {
-            cosine[f] = q[f * step] * mean[f * step] + q_far[f * step] * mean_far[f * step];
-            cosine[pairs + f] = q_far[f * step] * mean[f * step] - q[f * step] * mean_far[f * step];
-        }
-        T constant{};
-        for (int d = 2 * pairs; d < dim; ++d) constant += q[d] * half.mean[d];
-        return constant;
     }
 
     // Position 0 has the sink in place of its mean and latents in units of its own, so it is a softmax of its own, in float.
@@ -298,97 +281,10 @@ struct Attention {
     // One split of 512 positions: top, weight and latents of every row, into `partial` [rows, partial_size].
     void attend_split(const Block& b, int split, float* partial) {
         const int tiles = tiles_in(b, split);
-        score_means(b, split, tiles);
+        means.score(b.rows, split, tiles, w.scores);
         score_latents(b, split, tiles);
         for (int row = 0; row < b.rows; ++row) soften(row, static_cast<int64_t>(split) * kSplit, tiles);
         sum_values(b, split, tiles, partial);
-    }
-
-    void score_means(const Block& b, int split, int tiles) {
-        if (!pairs) {
-            for (int row = 0; row < b.rows; ++row)
-                for (int t = 0; t < tiles * kTile; t += 16) store(w.scores + row * kSplit + t, splat(w.constant[row]));
-            return;
-        }
-        const float* offsets = Isa::kQuads ? layer.rotary->offsets_in_quads : layer.rotary->offsets_in_order;
-        const float* centres = layer.rotary->centres + static_cast<int64_t>(split) * 4 * pairs * kSplitTiles;
-        for (int row = 0; row < b.rows; ++row) {
-            const int turned = row % kTurned;
-            if (turned == 0) b.rows - row < kTurned ? turn<1>(row, centres) : turn<kTurned>(row, centres);
-            const float* factors = w.turned + turned * turned_size();
-            float* out = w.scores + row * kSplit;
-            int tile = 0;
-            // As many tiles as registers hold the sums of.
-            constexpr int kAtOnce = kRegisterBytes == 64 ? 4 : 1;
-            for (; tile + kAtOnce <= tiles; tile += kAtOnce)
-                series<kAtOnce>(offsets, factors + tile, w.constant[row], out + tile * kTile);
-            for (; tile < tiles; ++tile) series<1>(offsets, factors + tile, w.constant[row], out + tile * kTile);
-        }
-    }
-
-    // Rows whose series are turned together, because loads are what that waits for.
-    static constexpr int kTurned = kRegisterBytes == 64 ? 2 : 1;
-    int64_t turned_size() const { return kSplitTiles * 2 * (pairs + kTerms); }
-
-    // Series of N rows around the centres of a split's tiles, [terms, 2, 8] each: factors of cosines (even), then of sines (odd).
-    template <int N>
-    void turn(int row, const float* centres) {
-        constexpr int kStep = 2 * kSplitTiles;
-        const Rotary& rotary = *layer.rotary;
-        const float *first = w.pairs + row * 2 * pairs, *coefficients = rotary.coefficients;
-        const int64_t size = turned_size();
-        const auto turned = [&](int f, Floats* out) KV_LAMBDA {
-            const float *at = centres + f * 2 * kStep, *cosine = first + f;
-            const Floats one = load(at), other = load(at + kStep);
-            each<N>([&](auto n)
-                        KV_LAMBDA { out[n] = cosine[n * 2 * pairs] * one + cosine[(n * 2 + 1) * pairs] * other; });
-        };
-        Floats both[N], sums[N][kTerms];
-        float* out = w.turned;
-        int f = 0;
-        for (; f < rotary.fast(); ++f, out += kStep) {
-            turned(f, both);
-            each<N>([&](auto n) KV_LAMBDA { store(out + n * size, both[n]); });
-        }
-        if (f == pairs) return;
-        each<N * kTerms>([&](auto i) KV_LAMBDA { sums[i / kTerms][i % kTerms] = Floats{}; });
-        each<kTerms>([&](auto i) KV_LAMBDA {
-            constexpr int used = kTerms - i;
-            for (; f < rotary.slow[used - 1]; ++f, coefficients += kTerms * kStep) {
-                turned(f, both);
-                each<used>([&](auto k) KV_LAMBDA {
-                    const Floats factor = load(coefficients + kStep * k);
-                    each<N>([&](auto n) KV_LAMBDA { sums[n][k] += factor * both[n]; });
-                });
-            }
-        });
-        each<N * kTerms>([&](auto i) KV_LAMBDA {
-            store(out + i / kTerms * size + kStep * (i % kTerms), sums[i / kTerms][i % kTerms]);
-        });
-    }
-
-    // sum_f even_f cos(w_f t) +- odd_f sin(w_f t) for N tiles: half the products serve both halves of a tile.
-    template <int N>
-    void series(const float* offsets, const float* factors, float constant, float* out) {
-        constexpr int kParts = kTile / 2 / kRegister;
-        const int terms = layer.rotary->terms();
-        Register even[N][kParts] = {}, odd[N][kParts] = {};
-        for (int f = 0; f < terms; ++f, factors += 2 * kSplitTiles, offsets += kTile) {
-            each<kParts>([&](auto part) KV_LAMBDA {
-                const Register c = load<Register>(offsets + kRegister * part),
-                               s = load<Register>(offsets + kTile / 2 + kRegister * part);
-                each<N>([&](auto n) KV_LAMBDA {
-                    even[n][part] += factors[n] * c;
-                    odd[n][part] += factors[kSplitTiles + n] * s;
-                });
-            });
-        }
-        each<N * kParts>([&](auto i) KV_LAMBDA {
-            constexpr int n = i / kParts, part = i % kParts;
-            float* middle = out + n * kTile + kTile / 2;
-            store(middle + kRegister * part, even[n][part] + odd[n][part] + constant);
-            store(middle - kRegister * (part + 1), reversed(even[n][part] - odd[n][part] + constant));
-        });
     }
 
     void score_latents(const Block& b, int split, int tiles) {

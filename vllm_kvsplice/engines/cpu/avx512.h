@@ -151,7 +151,7 @@ void score_coded(const Half& half, const Tiles& tiles, int tile, const Queries& 
     const int8_t* query = reinterpret_cast<const int8_t*>(queries.numbers);
     Scores<N> sums;
     for (int g = 0; g < half.group_count;)
-        with_width(half.groups[g].width, [&](auto width) KV_LAMBDA {
+        with_constant<8>(half.groups[g].width, [&](auto width) KV_LAMBDA {
             // Groups of one width follow each other, so that this takes few turns that a processor cannot foresee.
             do {
                 const Coded<width, true> keys(half, g, tiles);
@@ -217,21 +217,6 @@ void sum_group(const Values& values, const uint8_t* probability, int tiles, int3
     });
 }
 
-// f(N) for N rows.
-template <class F>
-KV_INLINE void with_rows(int rows, F f) {
-    switch (rows) {
-        case 1:
-            return f(std::integral_constant<int, 1>{});
-        case 2:
-            return f(std::integral_constant<int, 2>{});
-        case 3:
-            return f(std::integral_constant<int, 3>{});
-        default:
-            return f(std::integral_constant<int, 4>{});
-    }
-}
-
 struct Avx512 {
     static constexpr int kRows = 32, kFewRows = kRows;
     using Prompt = Nobody;
@@ -269,7 +254,7 @@ struct Avx512 {
     // The keys of a tile, [4 latents][64 tokens][4], tokens in quads (`kQuads`).
     static void unpack_keys(const Half& half, const Tiles& tiles, int tile, int8_t* out) {
         for (int g = 0; g < half.group_count; ++g, out += 8 * kTile)
-            with_width(half.groups[g].width, [&](auto width) KV_LAMBDA {
+            with_constant<8>(half.groups[g].width, [&](auto width) KV_LAMBDA {
                 const Coded<width, false> keys(half, g, tiles);
                 keys.ask(tile);
                 __m512i quads[8];
@@ -280,7 +265,7 @@ struct Avx512 {
 
     // The values of a group, rows of `row_bytes`.
     static void unpack_values(const Half& half, int g, const Tiles& tiles, int8_t* out, int64_t row_bytes) {
-        with_width(half.groups[g].width, [&](auto width) KV_LAMBDA {
+        with_constant<8>(half.groups[g].width, [&](auto width) KV_LAMBDA {
             const Coded<width, false> values(half, g, tiles);
             for (int t = 0; t < tiles.count; ++t) {
                 values.ask(t);
@@ -296,7 +281,7 @@ struct Avx512 {
     static KV_INLINE void by_rows(int first, int rows, F f) {
         for (int row = first; row < rows;) {
             const int left = rows - row, count = left == 3 || left > 4 ? 3 : least(left, 2);
-            with_rows(count, [&](auto n) KV_LAMBDA { f(row, n); });
+            with_constant<4>(count, [&](auto n) KV_LAMBDA { f(row, n); });
             row += count;
         }
     }
@@ -307,7 +292,7 @@ struct Avx512 {
         // Three rows' sums and what is unpacked fill all registers, and storing it besides would take more.
         const int first = queries.rows > 3 ? 2 : queries.rows;
         for (int t = 0; t < tiles.count; ++t, scores += kTile) {
-            with_rows(first, [&](auto n) KV_LAMBDA {
+            with_constant<4>(first, [&](auto n) KV_LAMBDA {
                 score_coded<n>(half, tiles, t, queries, queries.rows > first ? kept : nullptr, scores);
             });
             by_rows(first, queries.rows, [&](int row, auto n) KV_LAMBDA {
@@ -322,9 +307,10 @@ struct Avx512 {
         int8_t* unpacked = reinterpret_cast<int8_t*>(values);
         for (int g = 0; g < half.group_count; ++g, sums += 8) {
             if (rows <= 4) {
-                with_width(half.groups[g].width, [&](auto width) KV_LAMBDA {
+                with_constant<8>(half.groups[g].width, [&](auto width) KV_LAMBDA {
                     const Coded<width, false> coded(half, g, tiles);
-                    with_rows(rows, [&](auto n) KV_LAMBDA { sum_group<n>(coded, p, tiles.count, sums, stride); });
+                    with_constant<4>(rows,
+                                     [&](auto n) KV_LAMBDA { sum_group<n>(coded, p, tiles.count, sums, stride); });
                 });
                 continue;
             }

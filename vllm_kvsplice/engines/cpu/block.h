@@ -66,11 +66,11 @@ struct Block {
 // Everything a thread needs for a block of at most M rows: which tokens each reads, and what few of them need besides.
 template <int M>
 struct Workspace {
-    float *query, *absorbed, *pairs, *turned, *scores, *partial, *state, *first_key, *first_value;
+    float *query, *absorbed, *scores, *partial, *state, *first_key, *first_value;
     int16_t *quantised, *probability, *unpacked;
     int32_t* sums;
     uint8_t* tiles;
-    float unit[M], constant[M], top[M], weight[M];
+    float unit[M], top[M], weight[M];
     int32_t offset[M];
     int64_t stored[M], begin[M], last[M];  // stored positions end, exact ones begin and end
 };

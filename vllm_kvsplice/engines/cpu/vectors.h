@@ -39,27 +39,12 @@ KV_INLINE void each(F f) {
         KV_LAMBDA { (f(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
 }
 
-// f(W), with a group's width as a constant.
-template <class F>
-KV_INLINE void with_width(int width, F f) {
-    switch (width) {
-        case 1:
-            return f(std::integral_constant<int, 1>{});
-        case 2:
-            return f(std::integral_constant<int, 2>{});
-        case 3:
-            return f(std::integral_constant<int, 3>{});
-        case 4:
-            return f(std::integral_constant<int, 4>{});
-        case 5:
-            return f(std::integral_constant<int, 5>{});
-        case 6:
-            return f(std::integral_constant<int, 6>{});
-        case 7:
-            return f(std::integral_constant<int, 7>{});
-        default:
-            return f(std::integral_constant<int, 8>{});
-    }
+// f(n) with n, from 1 to `Last`, as a constant.
+template <int Last, class F>
+KV_INLINE void with_constant(int n, F f) {
+    each<Last>([&](auto i) KV_LAMBDA {
+        if (n == i + 1) f(std::integral_constant<int, i + 1>{});
+    });
 }
 
 template <class V = Floats>

@@ -115,7 +115,7 @@ struct Wide {
         tiles.ask(tile, plane, group.width);
         for (int t = 0; t < kTile; t += 32) {
             Bytes latent[8] = {};
-            with_width(group.width, [&](auto width) KV_LAMBDA {
+            with_constant<8>(group.width, [&](auto width) KV_LAMBDA {
                 add_codes<width>(tiles.data[tile] + plane * tiles.stride + t, tiles.stride, 0, latent);
             });
             for (Bytes& codes : latent) codes = looked_up(group, codes);

@@ -226,8 +226,8 @@ inline void write_half(const Writing& writing, const Half& half, const Tokens& s
                 const uint64_t doubtful = residuals.norm[t] < kLargestNorm ? codes[t] ^ others[t] : ~0ull;
                 if (doubtful) settle(half, matrix, first, columns, 8 * g, dim, residuals, t, doubtful, codes[t]);
             }
-            with_width(groups[g].width,
-                       [&](auto width) KV_LAMBDA { write_group<width>(batch, groups[g], codes, block); });
+            with_constant<8>(groups[g].width,
+                             [&](auto width) KV_LAMBDA { write_group<width>(batch, groups[g], codes, block); });
         }
     }
 }
