@@ -31,7 +31,7 @@ class HeadDecision(_Strict):
 
 
 class LayerDecision(_Strict):
-    """One layer of the model; layers that are not listed stay dense."""
+    """One layer of the model; every layer whose cache is compressed is listed."""
 
     layer: int
     heads: tuple[HeadDecision, ...]
@@ -135,8 +135,9 @@ def read_plan(file: Path, distortion: Tensor, layers: Sequence[int]) -> Plan:
     expected = [[(h, groups, groups) for h in range(count)]] * len(layers)
     if [layer.layer for layer in content.layers] != list(layers) or heads != expected:
         raise KVSpliceError(
-            f"{file} is a plan for another model: this one has {len(layers)} layers of {count} KV heads with {groups} "
-            "groups each; make one with: kvsplice plan MODEL"
+            f"{file} is a plan for another model, or not for all of its layers and heads: this one has layers "
+            f"{layers[0]} to {layers[-1]} ({len(layers)}) of {count} KV heads with {groups} groups each; "
+            "make one with: kvsplice plan MODEL"
         )
     widths = torch.tensor(
         [[[getattr(h, kind) for h in layer.heads] for layer in content.layers] for kind in ("key", "value")]

@@ -115,6 +115,12 @@ def test_prefix_hits_equal_misses_around_the_edges_of_blocks(
         assert largest_difference(one.without_prompt(), hit) < FLOOR
 
 
+def test_loading_weights_again_changes_nothing(engine: Any, prompts: list[list[int]], whole: list[Answer]) -> None:
+    engine.collective_rpc("reload_weights")
+    for i in (4, len(prompts) - 1):
+        assert largest_difference(whole[i], ask(engine, [prompts[i]], f"again {i}")[0]) < FLOOR
+
+
 def test_mixed_steps_equal_lone_ones(engine: Any, prompts: list[list[int]], whole: list[Answer]) -> None:
     """Prompts in chunks beside answers under way, in both orders."""
     for order in (1, -1):

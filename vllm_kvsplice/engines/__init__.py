@@ -6,12 +6,22 @@
 import torch
 
 from vllm_kvsplice.engines import reference
-from vllm_kvsplice.engines.contract import DEFAULT_WINDOW, MAX_WINDOW, Batch, Engine, Window
+from vllm_kvsplice.engines.contract import DEFAULT_WINDOW, LARGEST_HEAD, MAX_WINDOW, Batch, Engine, Window
 from vllm_kvsplice.engines.cpu import CpuEngine, native
 from vllm_kvsplice.engines.triton import TritonEngine
 from vllm_kvsplice.errors import KVSpliceError
 
-__all__ = ["DEFAULT_WINDOW", "ENGINES", "MAX_WINDOW", "Batch", "Engine", "Window", "default_engine", "get_engine"]
+__all__ = [
+    "DEFAULT_WINDOW",
+    "ENGINES",
+    "LARGEST_HEAD",
+    "MAX_WINDOW",
+    "Batch",
+    "Engine",
+    "Window",
+    "default_engine",
+    "get_engine",
+]
 
 NVIDIA = torch.cuda.is_available() and torch.version.hip is None
 ENGINES: dict[str, Engine] = {"reference": reference}

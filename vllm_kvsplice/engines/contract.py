@@ -14,6 +14,8 @@ from vllm_kvsplice.codec import LayerCodec
 # Of the exact window. Quality and memory by window: docs/window.md.
 DEFAULT_WINDOW = 32
 MAX_WINDOW = 1 << 20
+# Dimensions of a head that the engines `cpu` and `triton` take.
+LARGEST_HEAD = 256
 
 
 @dataclass(frozen=True)

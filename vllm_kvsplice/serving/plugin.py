@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from vllm_kvsplice.artifact import Artifact
 from vllm_kvsplice.doctor import TESTED_VLLM, vllm_version
-from vllm_kvsplice.engines import DEFAULT_WINDOW
+from vllm_kvsplice.engines import DEFAULT_WINDOW, LARGEST_HEAD
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.hub import locate_artifact
 from vllm_kvsplice.serving.registration import NAMESPACE, print_without_traceback
@@ -175,6 +175,10 @@ def _refusals(vllm_config: VllmConfig, settings: Settings, artifact: Artifact) -
         ),
         (model.enable_sleep_mode, "sleeping is not supported, drop --enable-sleep-mode"),
         (model.attention_chunk_size is not None, "attention in local chunks is not supported"),
+        (
+            model.get_head_size() > LARGEST_HEAD and settings.engine != "reference",
+            f"the {settings.engine} engine takes heads of up to {LARGEST_HEAD} dimensions, set engine to reference",
+        ),
         (
             bool(settings.recent_window) and not artifact.covers_all_layers,
             "the exact window needs every layer compressed, and this model has sliding-window layers; "
