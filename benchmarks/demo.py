@@ -34,7 +34,8 @@ def main() -> None:
     only_prepare = parser.parse_args().prepare_only
     model = default_model()
     if not ARTIFACT.is_dir():
-        _run("calibrate", model, "--out", ARTIFACT, "--statistics", BUILD / "statistics.safetensors")
+        recipe = ("--recent", str(DEFAULT_WINDOW), "--statistics", BUILD / "statistics.safetensors")
+        _run("calibrate", model, "--out", ARTIFACT, *recipe)
     if only_prepare:
         return
     quality = _quality(model)

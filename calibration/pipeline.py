@@ -55,7 +55,8 @@ def _cheapest(measured: Study, limit: float) -> Plan:
 
     def increase(bits: float) -> float:
         tried = measured.artifact(plan(bits))
-        evaluation = judge(in_memory, tried, measured.held_out.search, "all", f"Trying {bits:.3f} bits")
+        reading = Reading(measured.config.recent)
+        evaluation = judge(in_memory, tried, measured.held_out.search, "all", f"Trying {bits:.3f} bits", reading)
         grown = math.expm1(evaluation.divergence)
         console.print(
             f"Perplexity: {100 * grown:+.2f} % by divergence, {evaluation.change_percent:+.2f} % on this text"

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_
 
 from calibration.plan import FitName
 from calibration.planners import PlannerSettings
+from vllm_kvsplice.engines import MAX_WINDOW
 from vllm_kvsplice.errors import KVSpliceError
 
 DEFAULT_BITS = 4.0
@@ -33,6 +34,7 @@ class CalibrationConfig(PlannerSettings):
         text: `pydoc`, `wikitext`, a file or a directory.
         tokens: to measure on. seed: of all sampling.
         context: tokens per window; by default 1024, or all that the model reads.
+        recent: W of the exact window that the codec will be read beside: what only its tokens read needs fewer bits.
 
     """
 
@@ -48,6 +50,7 @@ class CalibrationConfig(PlannerSettings):
     tokens: int = Field(default=16384, ge=256)
     context: int | None = Field(default=None, ge=16)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
+    recent: int = Field(default=0, ge=0, le=MAX_WINDOW)
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from calibration.attention import tapped
+from calibration.attention import Reading, tapped
 from calibration.text import PIECE
 from vllm_kvsplice.artifact import ModelShape
 from vllm_kvsplice.errors import KVSpliceError
@@ -28,6 +28,9 @@ FISHER_FLOOR = 0.05
 SINK_TOKENS = 256
 # Names what a file of measurements holds; files of another are measured anew.
 _FORMAT = b"positions and weights"
+# Of the loss with everything read as stored, in what is minimised for reading beside an exact window. Without it three bits
+# cost SmolLM2 a fifth less beside a window, and six times as much without one (DECISIONS.md).
+NEAR_SHARE = 0.05
 # The sink and the tokens it still colours say nothing about ordinary tokens.
 FIRST_ORDINARY = 4
 
@@ -39,7 +42,8 @@ class KindStatistics:
     Attributes:
         mean: [L, H, D]; of keys before rotation.
         fisher: E[g g^T], g the gradient of a token's summed loss with respect to this key or value, [L, H, D, D]. Units:
-            nats^2 per squared unit of the key or value.
+            nats^2 per squared unit of the key or value. Beside an exact window, where it is read as stored, and
+            `NEAR_SHARE` of the same wherever it is read.
         residual: sampled tokens less their mean as the codec sees them (keys after rotation), float16 [L, H, n, D].
         weight: how much the loss feels errors of each of them, as a share of the average, [L, H, n].
         sink: position 0 for S different first tokens, [L, H, S, D].
@@ -87,23 +91,32 @@ class _Running:
         return cls(torch.zeros(heads, dim, dtype=torch.float64), torch.zeros(heads, dim, dim, dtype=torch.float64))
 
     def add(self, attended: "_Attended", ordinary: Tensor, chosen: Tensor, rotary: Rotary | None) -> None:
-        vector, gradient = attended.vector[:, ordinary].float(), attended.gradient[:, ordinary].float()
+        vector, gradients = attended.vector[:, ordinary].float(), attended.gradients[:, :, ordinary].float()
         centred = rotary.unrotate(vector, ordinary) if rotary else vector
         self.total += centred.sum(1)
-        self.outer += torch.einsum("htd,hte->hde", gradient, gradient)
+        self.outer += torch.einsum("khtd,khte->hde", gradients, gradients)
         self.samples.append(attended.vector[:, chosen].clone())
-        self.gradients.append(attended.gradient[:, chosen].clone())
+        self.gradients.append(attended.gradients[:, :, chosen].clone())
 
 
 class _Attended(NamedTuple):
-    """Keys or values of one window and the gradient of its summed loss, [H, T, D] each."""
+    """Keys or values of one window [H, T, D], and gradients of its summed loss [K, H, T, D].
+
+    Of what is read as stored, and under an exact window also of all that is read, in smaller units.
+    """
 
     vector: Tensor
-    gradient: Tensor
+    gradients: Tensor
 
 
 def collect(
-    model: PreTrainedModel, windows: Tensor, rotary: Rotary | None, *, seed: int = 0, progress: Callable[[], None]
+    model: PreTrainedModel,
+    windows: Tensor,
+    rotary: Rotary | None,
+    *,
+    recent: int = 0,
+    seed: int = 0,
+    progress: Callable[[], None],
 ) -> Statistics:
     """Measure `model` on `windows` with one forward and one backward pass each.
 
@@ -111,6 +124,7 @@ def collect(
         model: loaded by `calibration.models.load_model`; its parameters must not require gradients.
         windows: token ids, int64 [W, T].
         rotary: the model's rotary embedding, None if its keys carry none.
+        recent: W of the exact window that the codec will be read beside.
         seed: of the choice of sampled tokens.
         progress: called after every window.
 
@@ -126,7 +140,7 @@ def collect(
         quota = (index + 1) * SAMPLES // len(windows) - index * SAMPLES // len(windows)
         chosen = ordinary[torch.randperm(len(ordinary), generator=generator)[:quota]]
         sampled_at.append(chosen)
-        for layer, (key, value) in _keys_values_and_gradients(model, window).items():
+        for layer, (key, value) in _keys_values_and_gradients(model, window, recent).items():
             if layer not in sums:
                 sums[layer] = (_Running.like(key), _Running.like(value))
             key_sums, value_sums = sums[layer]
@@ -148,28 +162,33 @@ def collect(
     return Statistics(layers, kinds[0], kinds[1], positions, windows.numel())
 
 
-def _keys_values_and_gradients(model: PreTrainedModel, window: Tensor) -> dict[int, tuple[_Attended, _Attended]]:
+def _keys_values_and_gradients(
+    model: PreTrainedModel, window: Tensor, recent: int
+) -> dict[int, tuple[_Attended, _Attended]]:
     """What every full-attention layer attends to on `window` [T], keys and values."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def keep(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         # Clones, because what the model reads later must be what the gradient is taken of.
-        found[layer] = (key.clone(), value.clone())
-        for tensor in found[layer]:
+        stored = key.clone(), value.clone()
+        for tensor in (key, value, *stored):
             tensor.retain_grad()
-        return found[layer]
+        found[layer] = [(key, stored[0]), (value, stored[1])]
+        return stored
 
     window = window.to(model.device)
     embedded = model.get_input_embeddings()(window[None]).requires_grad_(True)
-    with torch.enable_grad(), tapped(model, keep):
+    with torch.enable_grad(), tapped(model, keep, Reading(recent)):
         logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1].float()
         torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").backward()
-    return {layer: (_attended(key), _attended(value)) for layer, (key, value) in found.items()}
+    return {layer: (_attended(*key, recent), _attended(*value, recent)) for layer, (key, value) in found.items()}
 
 
-def _attended(tensor: Tensor) -> _Attended:
+def _attended(tensor: Tensor, stored: Tensor, recent: int) -> _Attended:
     assert tensor.grad is not None
-    return _Attended(tensor.detach()[0].cpu(), tensor.grad[0].cpu())
+    assert stored.grad is not None
+    gradients = [stored.grad[0], NEAR_SHARE**0.5 * tensor.grad[0]] if recent else [stored.grad[0]]
+    return _Attended(stored.detach()[0].cpu(), torch.stack(gradients).cpu())
 
 
 def _sinks(model: PreTrainedModel, windows: Tensor, generator: torch.Generator) -> dict[int, tuple[Tensor, Tensor]]:
@@ -198,7 +217,7 @@ def _finish(running: list[_Running], sinks: list[Tensor], count: int) -> KindSta
         mean=torch.stack([r.total for r in running]).div(count).float(),
         fisher=fisher,
         residual=torch.stack([torch.cat(r.samples, 1) for r in running]),
-        weight=torch.stack([_weights(torch.cat(r.gradients, 1), g) for r, g in zip(running, fisher, strict=True)]),
+        weight=torch.stack([_weights(torch.cat(r.gradients, 2), g) for r, g in zip(running, fisher, strict=True)]),
         sink=torch.stack(sinks),
     )
     for name, tensor in vars(statistics).items():
@@ -216,9 +235,9 @@ def with_floor(fisher: Tensor) -> Tensor:
 
 
 def _weights(gradients: Tensor, fisher: Tensor) -> Tensor:
-    """g^T G^-1 g of tokens with gradients [H, n, D] and Fisher matrices [H, D, D], as shares of their mean: [H, n]."""
+    """g^T G^-1 g of tokens, summed over gradients [K, H, n, D], with Fisher matrices G [H, D, D]; shares of the mean."""
     inverse = torch.linalg.inv(with_floor(fisher)).float()
-    felt = ((gradients.float() @ inverse) * gradients.float()).sum(-1)
+    felt = ((gradients.float() @ inverse) * gradients.float()).sum((0, -1))
     return felt / felt.mean(-1, keepdim=True).clamp_min(1e-30)
 
 
@@ -232,14 +251,16 @@ def _subtract_mean(statistics: KindStatistics, positions: Tensor, rotations: Seq
     statistics.residual = residual
 
 
-def fingerprint(model: PreTrainedModel, windows: Tensor, own: int, seed: int) -> str:
-    """Names a measurement: the model's shape and weights (sampled), the text, how much the model itself said, the seed."""
+def fingerprint(model: PreTrainedModel, windows: Tensor, own: int, seed: int, recent: int) -> str:
+    """Names a measurement: the model's shape and weights (sampled), text, how much the model itself said, seed, window."""
     digest = hashlib.sha256(_FORMAT + ModelShape.of(model.config).model_dump_json().encode())
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     digest.update(str(tuple(windows.shape)).encode() + windows.numpy().tobytes())
     digest.update(f"{own} {PIECE} {seed}".encode())
+    if recent:
+        digest.update(f" {recent} {NEAR_SHARE}".encode())
     return digest.hexdigest()
 
 

@@ -187,7 +187,11 @@ def study(source: Source, config: CalibrationConfig, statistics_file: Path | Non
     if config.finetune:
         training = calibration_windows(tokenizer, corpus.fit, TRAINING_WINDOWS - corpus.own(TRAINING_WINDOWS), context)
     held_out = _held_out(tokenizer, corpus.held_out, config, context)
-    statistics = _measure(model, windows, corpus.own(count), rotary, config.seed, statistics_file)
+    statistics = _measure(model, windows, corpus.own(count), rotary, config, statistics_file)
+    if config.recent and len(statistics.layers) < shape.num_layers:
+        raise KVSpliceError(
+            "this model has sliding-window layers, beside which a server has no exact window; leave recent out"
+        )
     return Study(source, model, rotary, corpus, windows, training, held_out, statistics, config)
 
 
@@ -211,16 +215,21 @@ def _held_out(tokenizer: PreTrainedTokenizerBase, text: str, config: Calibration
 
 
 def _measure(
-    model: PreTrainedModel, windows: Tensor, own: int, rotary: Rotary | None, seed: int, file: Path | None
+    model: PreTrainedModel,
+    windows: Tensor,
+    own: int,
+    rotary: Rotary | None,
+    config: CalibrationConfig,
+    file: Path | None,
 ) -> Statistics:
-    key = fingerprint(model, windows, own, seed) if file else ""
+    key = fingerprint(model, windows, own, config.seed, config.recent) if file else ""
     kept = load_statistics(file, key) if file else None
     if kept:
         console.print(f"Using the measurements in {file}")
         return kept
-    windows = _with_own_text(model, windows, own, seed)
+    windows = _with_own_text(model, windows, own, config.seed)
     with steps("Measuring keys, values and Fisher information", len(windows)) as progress:
-        statistics = collect(model, windows, rotary, seed=seed, progress=progress)
+        statistics = collect(model, windows, rotary, recent=config.recent, seed=config.seed, progress=progress)
     if file:
         save_statistics(statistics, file, key)
     return statistics
@@ -271,4 +280,5 @@ def _fitted_by(config: CalibrationConfig, plan: Plan) -> str:
     """Algorithms, that of the recipe first, and training, as an artifact tells of them."""
     named = {name or config.fit for heads in plan.fits or ((None,),) for name in heads}
     algorithms = " and ".join(sorted(named, key=lambda name: (name != config.fit, name)))
-    return f"{algorithms}, finetuned in {config.training_steps} steps" if config.finetune else algorithms
+    beside = f", beside a window of {config.recent}" if config.recent else ""
+    return algorithms + beside + (f", finetuned in {config.training_steps} steps" if config.finetune else "")

@@ -281,7 +281,23 @@ def in_bytes(recipe: CalibrationConfig, budget: int) -> CalibrationConfig:
     return recipe.model_copy(update={"bits": None, "budget": budget})
 
 
+def test_a_window_changes_what_is_fitted_and_is_told(llama, recipe, tmp_path):
+    made = {}
+    for recent in (0, 8):
+        beside = recipe.model_copy(update={"recent": recent})
+        made[recent] = calibrate(str(llama), tmp_path / "out", beside, tmp_path / "statistics.safetensors")
+    # The measurements kept for one are not used for the other.
+    assert not torch.allclose(made[0].tensors["value.analysis"], made[8].tensors["value.analysis"], rtol=0.01)
+    assert made[8].manifest.provenance.fit == "pca, beside a window of 8"
+    assert made[0].bytes_per_token == made[8].bytes_per_token
+
+
 class TestRefusals:
+    def test_a_window_where_the_server_has_none(self, recipe, tmp_path):
+        model = tiny_model("gemma3", tmp_path / "model")
+        with pytest.raises(KVSpliceError, match=r"sliding-window layers.*leave recent out"):
+            calibrate(str(model), tmp_path / "out", recipe.model_copy(update={"recent": 8}))
+
     def test_model_with_nothing_but_sliding_windows(self, recipe, tmp_path):
         model = tiny_model("mistral", tmp_path / "model", sliding_window=24)
         with pytest.raises(KVSpliceError, match="full-attention"):

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calibration import statistics as module
-from calibration.attention import tapped
+from calibration.attention import Reading, tapped
 from calibration.models import load_model, rotary_of
 from calibration.statistics import (
     FIRST_ORDINARY,
+    NEAR_SHARE,
     Statistics,
     collect,
     fingerprint,
@@ -67,25 +68,27 @@ def attended(model: PreTrainedModel, windows: Tensor) -> dict[int, tuple[Tensor,
     return found
 
 
-def summed_loss(model: PreTrainedModel, windows: Tensor, offsets: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-    """Negative log-likelihood of all windows with `offsets` added to keys and values."""
+def summed_loss(
+    model: PreTrainedModel, windows: Tensor, offsets: dict[int, tuple[Tensor, Tensor]], recent: int = 0
+) -> Tensor:
+    """Negative log-likelihood of all windows with `offsets` added to keys and values that are read as stored."""
 
     def shift(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         key_offset, value_offset = offsets.get(layer, (0, 0))
         return key + key_offset, value + value_offset
 
-    with tapped(model, shift):
+    with tapped(model, shift, Reading(recent)):
         logits = model(windows, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
 
 
-def gradients(model: PreTrainedModel, windows: Tensor) -> list[list[Tensor]]:
+def gradients(model: PreTrainedModel, windows: Tensor, recent: int = 0) -> list[list[Tensor]]:
     """Of the loss with respect to ordinary tokens' keys and values, [H, tokens, D] each, by layer."""
     offsets = {
         layer: tuple(torch.zeros_like(x).requires_grad_() for x in pair)
         for layer, pair in attended(model, windows).items()
     }
-    summed_loss(model, windows, offsets).backward()
+    summed_loss(model, windows, offsets, recent).backward()
     return [[ordinary(offset.grad) for offset in pair] for _, pair in sorted(offsets.items())]
 
 
@@ -124,6 +127,17 @@ def test_fisher_is_the_mean_outer_product_of_gradients(measured):
             expected = gradient.mT @ gradient / gradient.shape[1]
             fisher = getattr(statistics, kind).fisher[row].double()
             assert (fisher - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_fisher_beside_a_window_is_of_what_is_read_as_stored_and_a_little_of_all(llama):
+    model, windows = llama
+    statistics = collect(model, windows, rotary_of(model), recent=9, progress=lambda: None)
+    for row, (far, everywhere) in enumerate(zip(gradients(model, windows, 9), gradients(model, windows), strict=True)):
+        for kind, g, every in zip(KINDS, far, everywhere, strict=True):
+            expected = (g.mT @ g + NEAR_SHARE * every.mT @ every) / g.shape[1]
+            fisher = getattr(statistics, kind).fisher[row].double()
+            assert (fisher - expected).norm() < 1e-4 * expected.norm()
+            assert (fisher - every.mT @ every / g.shape[1]).norm() > 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -273,18 +287,19 @@ def test_file_without_measurements_is_refused(content, tmp_path):
 
 def test_fingerprint_names_model_text_and_seed(llama):
     model, windows = llama
-    own = fingerprint(model, windows, 0, 0)
-    assert own == fingerprint(model, windows.clone(), 0, 0)
+    own = fingerprint(model, windows, 0, 0, 0)
+    assert own == fingerprint(model, windows.clone(), 0, 0, 0)
     assert own not in (
-        fingerprint(model, windows + 1, 0, 0),
-        fingerprint(model, windows, 0, 1),
-        fingerprint(model, windows, 1, 0),
+        fingerprint(model, windows + 1, 0, 0, 0),
+        fingerprint(model, windows, 0, 1, 0),
+        fingerprint(model, windows, 0, 0, 32),
+        fingerprint(model, windows, 1, 0, 0),
     )
     model.model.layers[2].mlp.down_proj.weight.mul_(1.5)
-    assert own != fingerprint(model, windows, 0, 0)
+    assert own != fingerprint(model, windows, 0, 0, 0)
 
 
 def test_fingerprint_tells_long_windows_from_short_ones_of_the_same_tokens(llama):
     model, windows = llama
     shorter = windows.reshape(-1, windows.shape[1] // 3)
-    assert fingerprint(model, windows, 0, 0) != fingerprint(model, shorter, 0, 0)
+    assert fingerprint(model, windows, 0, 0, 0) != fingerprint(model, shorter, 0, 0, 0)

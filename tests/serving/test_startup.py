@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,9 @@ def test_registering_twice_wraps_once() -> None:
     assert AttentionBackendEnum.CUSTOM.get_class() is KVSpliceBackend
 
 
+SECTION: dict[str, Any] = {"additional_config": {"kvsplice": {}}}
+
+
 def test_a_plugin_that_fails_ends_no_server_but_those_that_ask_for_it(
     served: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,8 +207,8 @@ def test_a_plugin_that_fails_ends_no_server_but_those_that_ask_for_it(
     monkeypatch.setitem(sys.modules, "vllm_kvsplice.serving.plugin", None)
     vllm_kvsplice.register()
     EngineArgs(str(served), max_model_len=256).create_engine_config()
-    for asking in ({"attention_backend": CUSTOM}, {"additional_config": {"kvsplice": {}}}):
-        monkeypatch.setattr(AttentionBackendEnum.CUSTOM, "get_path", lambda: None, raising=False)
+    for path, asking in product((None, plugin.BACKEND_PATH), ({"attention_backend": CUSTOM}, SECTION)):
+        monkeypatch.setattr(AttentionBackendEnum.CUSTOM, "get_path", lambda path=path: path, raising=False)
         with pytest.raises(KVSpliceError, match=r"does not load \(ModuleNotFoundError: .*kvsplice doctor"):
             EngineArgs(str(served), max_model_len=256, **asking).create_engine_config()
 

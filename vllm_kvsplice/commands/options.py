@@ -88,6 +88,12 @@ Recipe = Annotated[Optional[Path], typer.Option(help="A recipe like those in con
 Context = Annotated[
     Optional[int], typer.Option(help="Tokens per window of text.  [default: 1024, or what the model reads]", min=16)
 ]
+Recent = Annotated[
+    Optional[int],
+    typer.Option(
+        help="Exact window that the codec will be read beside, as served by default: 32.  [default: 0, none]", min=0
+    ),
+]
 Seed = Annotated[Optional[int], typer.Option(help="Seed of all sampling.  [default: 0]")]
 Statistics = Annotated[
     Optional[Path],

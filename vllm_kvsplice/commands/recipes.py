@@ -32,6 +32,7 @@ def calibrate(
     config: options.Recipe = None,
     context: options.Context = None,
     seed: options.Seed = None,
+    recent: options.Recent = None,
     statistics: options.Statistics = None,
     errors: options.Errors = None,
 ) -> None:
@@ -50,9 +51,8 @@ def calibrate(
 
     sizes = {"bits": bits, "budget": budget, "max_ppl_increase": max_ppl_increase}
     training = {"fit": fit and fit.value, "finetune": finetune, "steps": steps}
-    recipe = _recipe(
-        config, planner, plan, fim, text=text, tokens=tokens, context=context, seed=seed, **sizes, **training
-    )
+    measuring = {"text": text, "tokens": tokens, "context": context, "seed": seed, "recent": recent}
+    recipe = _recipe(config, planner, plan, fim, **measuring, **sizes, **training)
     check_target(out)
     artifact = run(model, out, recipe, statistics, errors)
     print_summary(artifact, f"Wrote {out}")
@@ -76,6 +76,7 @@ def plan(
     config: options.Recipe = None,
     context: options.Context = None,
     seed: options.Seed = None,
+    recent: options.Recent = None,
     statistics: options.Statistics = None,
 ) -> None:
     """Measure a model and say where its bits would go and why, what that saves and what it is expected to cost.
@@ -89,7 +90,8 @@ def plan(
     from calibration.pipeline import plan as run
 
     sizes = {"bits": bits, "budget": budget, "max_ppl_increase": max_ppl_increase}
-    recipe = _recipe(config, planner, plan, fim, text=text, tokens=tokens, context=context, seed=seed, **sizes)
+    measuring = {"text": text, "tokens": tokens, "context": context, "seed": seed, "recent": recent}
+    recipe = _recipe(config, planner, plan, fim, **measuring, **sizes)
     planned = run(model, recipe, statistics)
     print_plan(planned)
     if out:

@@ -49,9 +49,11 @@ def asked_for(vllm_config: Any) -> bool:
     if getattr(backend, "name", None) != "CUSTOM":
         return False
     try:
-        return not backend.get_path()
+        path = backend.get_path()
     except ValueError:
         return True
+    # Ours where registration failed half-way.
+    return not path or path.startswith("vllm_kvsplice.")
 
 
 def print_without_traceback() -> None:
