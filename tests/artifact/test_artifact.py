@@ -25,6 +25,7 @@ from vllm_kvsplice.artifact import (
     save_artifact,
     unpack_levels,
 )
+from vllm_kvsplice.commands import printing
 from vllm_kvsplice.errors import ArtifactError
 
 ZERO = LayerPlan(key=((0, 0), (0, 0)), value=((0, 0), (0, 0)))
@@ -314,7 +315,7 @@ def test_inspect_prints_provenance_as_it_is(words: str, tmp_path: Path, monkeypa
     changed = make_artifact(artifact.manifest.model_copy(update={"provenance": provenance}), artifact.tensors)
     save_artifact(changed, tmp_path / "out")
     monkeypatch.setattr(sys, "argv", ["kvsplice", "inspect", str(tmp_path / "out")])
-    monkeypatch.setattr(cli.console, "width", 200)
+    monkeypatch.setattr(printing.console, "width", 200)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
