@@ -55,7 +55,8 @@ class Load:
 
     @property
     def name(self) -> str:
-        return f"{self.shape} {self.batch}x{self.context} {self.bits} bits"
+        levels = "" if self.uniform else ", any levels"
+        return f"{self.shape} {self.batch}x{self.context} {self.bits} bits{levels}"
 
     @property
     def heads(self) -> tuple[int, int, int]:

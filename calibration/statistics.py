@@ -171,7 +171,7 @@ def _keys_values_and_gradients(
     def keep(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         # Clones, because what the model reads later must be what the gradient is taken of.
         stored = key.clone(), value.clone()
-        for tensor in (key, value, *stored):
+        for tensor in (key, value, *stored) if recent else stored:
             tensor.retain_grad()
         found[layer] = [(key, stored[0]), (value, stored[1])]
         return stored
@@ -185,9 +185,11 @@ def _keys_values_and_gradients(
 
 
 def _attended(tensor: Tensor, stored: Tensor, recent: int) -> _Attended:
-    assert tensor.grad is not None
     assert stored.grad is not None
-    gradients = [stored.grad[0], NEAR_SHARE**0.5 * tensor.grad[0]] if recent else [stored.grad[0]]
+    gradients = [stored.grad[0]]
+    if recent:
+        assert tensor.grad is not None
+        gradients.append(NEAR_SHARE**0.5 * tensor.grad[0])
     return _Attended(stored.detach()[0].cpu(), torch.stack(gradients).cpu())
 
 

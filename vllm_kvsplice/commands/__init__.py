@@ -1,1 +1,1 @@
-"""Commands of `kvsplice` that share options, and how they print; `vllm_kvsplice.cli` puts them together."""
+"""Commands of `kvsplice`, the options that several have, and how they print; `vllm_kvsplice.cli` puts them together."""

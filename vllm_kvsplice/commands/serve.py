@@ -95,6 +95,7 @@ def _merged_config(extra: list[str]) -> tuple[dict[str, Any], list[str]]:
             for name in path[:-1]:
                 at = at.setdefault(name, {})
             at[path[-1]] = _value(value)
+        # A section that is no object is a `TypeError` here.
         merged = options | {"kvsplice": {} | options.get("kvsplice", {})}
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
         raise KVSpliceError(
