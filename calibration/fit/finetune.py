@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from calibration.attention import tapped
+from calibration.attention import AS_STORED, Reading, Tap, tapped
 from calibration.evaluate import evaluate
 from calibration.fit.coder import FittedCodec
 from calibration.fit.trainable import TrainableCodec
@@ -35,11 +35,15 @@ _CHECKS, _PATIENCE = 10, 5
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: `rate` in units of the error that quantisation leaves, falling to 0 along half a cosine."""
+    """How long and how fast: `rate` in units of the error that quantisation leaves, falling to 0 along half a cosine.
+
+    Training is judged beside an exact window of `recent` tokens.
+    """
 
     steps: int
     rate: float = 1e-3
     seed: int = 0
+    recent: int = 0
 
     def rate_at(self, step: int) -> float:
         return self.rate * min(1, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / self.steps)) / 2
@@ -94,9 +98,10 @@ def finetune(
         checkpoint: file that the same training goes on from if it stopped there, and that is removed at its end.
 
     """
-    codec = TrainableCodec(fitted.to(model.device), layers, rotary and rotary.to(model.device))
+    codec = TrainableCodec(fitted.to(model.device), layers, rotary)
     optimizer = torch.optim.Adam(codec.parameters(), betas=_BETAS)
-    before = evaluate(model, codec, held_out).divergence
+    reading = Reading(schedule.recent)
+    before = evaluate(model, codec, held_out, reading=reading).divergence
     state = _State(_copy(codec), before)
     key = _key(fitted, windows, held_out, schedule) if checkpoint else ""
     if checkpoint:
@@ -108,11 +113,11 @@ def finetune(
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
         optimizer.zero_grad()
-        _loss(model, codec, examples[step].to(model.device)).backward()
+        task_loss(model, codec, examples[step].to(model.device)).backward()
         optimizer.step()
         progress()
         if step + 1 in schedule.checks:
-            _judge(state, evaluate(model, codec, held_out).divergence, codec, step + 1)
+            _judge(state, evaluate(model, codec, held_out, reading=reading).divergence, codec, step + 1)
             if checkpoint:
                 _keep(checkpoint, key, codec, optimizer, state)
             if state.in_vain == _PATIENCE:
@@ -121,6 +126,15 @@ def finetune(
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return Finetuned(codec.fitted().to(torch.device("cpu")), before, state.best_kl)
+
+
+def task_loss(model: PreTrainedModel, tap: Tap, tokens: Tensor, reading: Reading = AS_STORED) -> Tensor:
+    """Cross entropy with the uncompressed model on tokens [T], in nats per token: the divergence and a constant."""
+    with torch.no_grad():
+        wanted = model(tokens[None], use_cache=False).logits[0].float().softmax(-1)
+    with tapped(model, tap, reading):
+        said = model(tokens[None], use_cache=False).logits[0].float()
+    return cross_entropy(said, wanted)
 
 
 def _key(fitted: FittedCodec, windows: Tensor, held_out: Tensor, schedule: Schedule) -> str:
@@ -138,15 +152,6 @@ def _examples(windows: Tensor, schedule: Schedule) -> list[Tensor]:
     chosen = torch.randint(len(windows), (schedule.steps,), generator=generator)
     starts = torch.randint(windows.shape[1] - length + 1, (schedule.steps,), generator=generator)
     return [windows[i, start : start + length] for i, start in zip(chosen, starts, strict=True)]
-
-
-def _loss(model: PreTrainedModel, codec: TrainableCodec, tokens: Tensor) -> Tensor:
-    """Cross entropy with the uncompressed model: the divergence and a constant."""
-    with torch.no_grad():
-        wanted = model(tokens[None], use_cache=False).logits[0].float().softmax(-1)
-    with tapped(model, codec):
-        said = model(tokens[None], use_cache=False).logits[0].float()
-    return cross_entropy(said, wanted)
 
 
 def _judge(state: _State, kl: float, codec: TrainableCodec, step: int) -> None:

@@ -91,7 +91,7 @@ class TrainableCodec(nn.Module):
 
     def __init__(self, fitted: FittedCodec, layers: Sequence[int], rotary: Rotary | None) -> None:
         super().__init__()
-        self._plan, self._rotary = fitted.plan, rotary
+        self._plan, self._rotary = fitted.plan, rotary and rotary.to(fitted.key.mean.device)
         error = latent_error(fitted)
         self._kinds = {
             layer: (TrainableKind(fitted.key.layer(row), error), TrainableKind(fitted.value.layer(row), error))
