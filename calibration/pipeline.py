@@ -22,6 +22,7 @@ from calibration.planners.files import PlanFile, describe
 from calibration.planners.search import CURVE_BITS, search_bits
 from calibration.progress import console, steps
 from calibration.recipe import CalibrationConfig
+from calibration.statistics import NEAR_SHARE
 from calibration.study import Study, study
 from vllm_kvsplice.artifact import Artifact, Quality, save_artifact
 from vllm_kvsplice.errors import KVSpliceError
@@ -142,23 +143,30 @@ def _report_errors(measured: Study, artifact: Artifact, chosen: Plan, file: Path
 
 def _replanned(measured: Study, fitted: FittedCodec, windows: Tensor) -> FittedCodec:
     """The codec of a plan of the same size by what errors cost under `fitted`, or `fitted` where that is no better."""
-    reading = Reading(measured.config.recent)
+    model, layers, rotary, config = measured.model, measured.layers, measured.rotary, measured.config
     stride = max(1, len(windows) // COST_WINDOWS)
     judging = windows[stride // 2 :: max(1, len(windows) // JUDGING_WINDOWS)]
     windows = windows[::stride]
+    # As Fisher information counts: what is read as stored beside the window, and a share of all that is read.
+    shares = {config.recent: 1.0} | ({0: NEAR_SHARE} if config.recent else {})
 
-    def reader(codec: FittedCodec) -> TrainableCodec:
-        return TrainableCodec(codec.to(measured.model.device), measured.layers, measured.rotary)
+    with steps("Measuring what errors cost", len(shares) * len(windows)) as progress:
+        costs = [
+            share * marginal_cost(model, fitted, layers, rotary, windows, Reading(recent), progress)
+            for recent, share in shares.items()
+        ]
+    distortion = corrected(measured.evidence.distortion, fitted.plan.widths, torch.stack(costs).sum(0))
+    evidence = replace(measured.evidence, distortion=distortion)
+    other = measured.fit.codec(make_plan(evidence, config, fitted.plan.bytes_per_token))
 
-    with steps("Measuring what errors cost", len(windows)) as progress:
-        cost = marginal_cost(measured.model, fitted, measured.layers, measured.rotary, windows, reading, progress)
-    evidence = measured.evidence
-    distortion = corrected(evidence.distortion, fitted.plan.widths, cost)
-    plan = make_plan(replace(evidence, distortion=distortion), measured.config, fitted.plan.bytes_per_token)
-    other = measured.fit.codec(plan)
-    before, after = (
-        evaluate(measured.model, reader(codec), judging, reading=reading).divergence for codec in (fitted, other)
-    )
+    def divergence(codec: FittedCodec) -> float:
+        read = TrainableCodec(codec.to(model.device), layers, rotary)
+        return sum(
+            share * evaluate(model, read, judging, reading=Reading(recent)).divergence
+            for recent, share in shares.items()
+        )
+
+    before, after = divergence(fitted), divergence(other)
     console.print(f"Divergence from the uncompressed model: {before:.4f} -> {after:.4f} nats a token by planning again")
     return other if after < before else fitted
 
