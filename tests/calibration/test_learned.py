@@ -71,7 +71,7 @@ def train(
         measured.rotary,
         measured.training,
         measured.held_out.finetune,
-        Schedule(**{"steps": STEPS, **schedule}),
+        Schedule(**{"steps": STEPS, "rate": 5e-4, **schedule}),
         progress,
         checkpoint,
     )
@@ -209,8 +209,8 @@ class TestFinetuning:
         ruined = train(measured, start, progress=lambda: calls.append(1), rate=1e4)
         assert ruined.kl_after == ruined.kl_before
         assert same(ruined.codec, start)
-        # Five judgements in vain, every tenth of the steps.
-        assert len(calls) == STEPS * 5 // 10
+        # Three judgements in vain, every sixth of the steps.
+        assert len(calls) == STEPS * 3 // 6
 
 
 def interrupt_after(count: int) -> Callable[[], None]:
