@@ -73,7 +73,10 @@ Fits = Annotated[
 ]
 Finetune = Annotated[
     Optional[bool],
-    typer.Option("--finetune", help="Then train the codec until the model says what it says uncompressed: minutes."),
+    typer.Option(
+        "--finetune",
+        help="Then plan again by measured costs, and train until the model says what it says uncompressed: minutes.",
+    ),
 ]
 Steps = Annotated[Optional[int], typer.Option(help="Of --finetune.  [default: 300]")]
 Errors = Annotated[
