@@ -1,4 +1,4 @@
-"""The steps of calibration in order: collect -> plan -> fit -> evaluate -> export."""
+"""The steps of calibration in order: collect -> plan -> fit (-> plan again -> finetune) -> evaluate -> export."""
 
 import math
 from dataclasses import replace

@@ -16,6 +16,7 @@ from calibration.attention import Reading
 from calibration.fit.coder import FittedCodec
 from calibration.fit.finetune import task_loss
 from calibration.fit.trainable import TrainableCodec
+from calibration.plan import at_widths
 from vllm_kvsplice.layout import GROUP
 from vllm_kvsplice.rotary import Rotary
 
@@ -81,7 +82,7 @@ def corrected(distortion: Tensor, widths: Tensor, cost: Tensor) -> Tensor:
         widths: under which `cost` was measured, both [2, L, H, G].
 
     """
-    expected = distortion.gather(-1, widths[..., None])[..., 0].double()
+    expected = at_widths(distortion, widths).double()
     factor = torch.ones_like(expected)
     for alike in ((0, 1, 2, 3), (1, 2), (3,)):
         left = (expected * factor).sum(alike, keepdim=True)
