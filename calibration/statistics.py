@@ -27,7 +27,7 @@ FISHER_FLOOR = 0.05
 # First tokens from which the sink at position 0 is measured.
 SINK_TOKENS = 256
 # Names what a file of measurements holds; files of another are measured anew.
-_FORMAT = b"positions and weights"
+_FORMAT = b"Fisher information of what the model predicts"
 # Of the loss with everything read as stored, in what is minimised for reading beside an exact window. Without it three bits
 # cost SmolLM2 a fifth less beside a window, and six times as much without one (DECISIONS.md).
 NEAR_SHARE = 0.05
@@ -41,11 +41,11 @@ class KindStatistics:
 
     Attributes:
         mean: [L, H, D]; of keys before rotation.
-        fisher: E[g g^T], g the gradient of a token's summed loss with respect to this key or value, [L, H, D, D]. Units:
-            nats^2 per squared unit of the key or value. Beside an exact window, where it is read as stored, and
-            `NEAR_SHARE` of the same wherever it is read.
+        fisher: Fisher information of all next-token distributions about this key or value, [L, H, D, D]: E[g g^T], g the
+            gradients of `fisher_noise`. Units: nats per squared unit of the key or value. Beside an exact window, where it
+            is read as stored, and `NEAR_SHARE` of the same wherever it is read.
         residual: sampled tokens less their mean as the codec sees them (keys after rotation), float16 [L, H, n, D].
-        weight: how much the loss feels errors of each of them, as a share of the average, [L, H, n].
+        weight: how much the divergence feels errors of each of them, as a share of the average, [L, H, n].
         sink: position 0 for S different first tokens, [L, H, S, D].
 
     """
@@ -100,7 +100,7 @@ class _Running:
 
 
 class _Attended(NamedTuple):
-    """Keys or values of one window [H, T, D], and gradients of its summed loss [K, H, T, D].
+    """Keys or values of one window [H, T, D], and gradients g of its Fisher information [K, H, T, D].
 
     Of what is read as stored, and under an exact window also of all that is read, in smaller units.
     """
@@ -125,7 +125,7 @@ def collect(
         windows: token ids, int64 [W, T].
         rotary: the model's rotary embedding, None if its keys carry none.
         recent: W of the exact window that the codec will be read beside.
-        seed: of the choice of sampled tokens.
+        seed: of the choice of sampled tokens, and of random gradients.
         progress: called after every window.
 
     Raises:
@@ -133,6 +133,7 @@ def collect(
 
     """
     generator = torch.Generator().manual_seed(seed)
+    noise = torch.Generator(model.device).manual_seed(seed)
     ordinary = torch.arange(FIRST_ORDINARY, windows.shape[1])
     sums: dict[int, tuple[_Running, _Running]] = {}
     sampled_at: list[Tensor] = []
@@ -140,7 +141,7 @@ def collect(
         quota = (index + 1) * SAMPLES // len(windows) - index * SAMPLES // len(windows)
         chosen = ordinary[torch.randperm(len(ordinary), generator=generator)[:quota]]
         sampled_at.append(chosen)
-        for layer, (key, value) in _keys_values_and_gradients(model, window, recent).items():
+        for layer, (key, value) in _keys_values_and_gradients(model, window, recent, noise).items():
             if layer not in sums:
                 sums[layer] = (_Running.like(key), _Running.like(value))
             key_sums, value_sums = sums[layer]
@@ -163,7 +164,7 @@ def collect(
 
 
 def _keys_values_and_gradients(
-    model: PreTrainedModel, window: Tensor, recent: int
+    model: PreTrainedModel, window: Tensor, recent: int, noise: torch.Generator
 ) -> dict[int, tuple[_Attended, _Attended]]:
     """What every full-attention layer attends to on `window` [T], keys and values."""
     found: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -179,9 +180,21 @@ def _keys_values_and_gradients(
     window = window.to(model.device)
     embedded = model.get_input_embeddings()(window[None]).requires_grad_(True)
     with torch.enable_grad(), tapped(model, keep, Reading(recent)):
-        logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1].float()
-        torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").backward()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+        logits.backward(fisher_noise(logits.detach(), noise))
     return {layer: (_attended(*key, recent), _attended(*value, recent)) for layer, (key, value) in found.items()}
+
+
+def fisher_noise(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Random gradients of logits [.., V] whose covariance is the Fisher information diag(p) - p p^T of p = softmax(logits).
+
+    So are those of the loss on labels that the model draws itself, but these have no rare, large ones. The loss on the
+    text's own labels has another covariance (Kunstner et al., 2019, "Limitations of the empirical Fisher approximation").
+    """
+    root = logits.softmax(-1).sqrt_()
+    signs = torch.empty_like(root).bernoulli_(generator=generator).mul_(2).sub_(1)
+    drawn = signs.mul_(root)
+    return drawn - root.square_() * drawn.sum(-1, keepdim=True)
 
 
 def _attended(tensor: Tensor, stored: Tensor, recent: int) -> _Attended:

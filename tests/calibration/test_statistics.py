@@ -17,6 +17,7 @@ from calibration.statistics import (
     Statistics,
     collect,
     fingerprint,
+    fisher_noise,
     load_statistics,
     save_statistics,
     with_floor,
@@ -68,27 +69,31 @@ def attended(model: PreTrainedModel, windows: Tensor) -> dict[int, tuple[Tensor,
     return found
 
 
-def summed_loss(
-    model: PreTrainedModel, windows: Tensor, offsets: dict[int, tuple[Tensor, Tensor]], recent: int = 0
-) -> Tensor:
-    """Negative log-likelihood of all windows with `offsets` added to keys and values that are read as stored."""
+def said(model: PreTrainedModel, windows: Tensor, offsets: dict[int, tuple[Tensor, Tensor]], recent: int = 0) -> Tensor:
+    """Logits of all windows with `offsets` added to keys and values that are read as stored."""
 
     def shift(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         key_offset, value_offset = offsets.get(layer, (0, 0))
         return key + key_offset, value + value_offset
 
     with tapped(model, shift, Reading(recent)):
-        logits = model(windows, use_cache=False).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
+        return model(windows, use_cache=False).logits
+
+
+def noise_of(logits: Tensor, seed: int = 0) -> Tensor:
+    """What `collect` draws, window after window."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([fisher_noise(window.detach().float(), generator) for window in logits])
 
 
 def gradients(model: PreTrainedModel, windows: Tensor, recent: int = 0) -> list[list[Tensor]]:
-    """Of the loss with respect to ordinary tokens' keys and values, [H, tokens, D] each, by layer."""
+    """Drawn with respect to ordinary tokens' keys and values, [H, tokens, D] each, by layer."""
     offsets = {
         layer: tuple(torch.zeros_like(x).requires_grad_() for x in pair)
         for layer, pair in attended(model, windows).items()
     }
-    summed_loss(model, windows, offsets, recent).backward()
+    logits = said(model, windows, offsets, recent)
+    (logits * noise_of(logits)).sum().backward()
     return [[ordinary(offset.grad) for offset in pair] for _, pair in sorted(offsets.items())]
 
 
@@ -120,6 +125,14 @@ def test_mean_of_keys_is_that_of_the_projection(llama):
     torch.testing.assert_close(measure(model, windows).key.mean[1].double(), expected, atol=2e-6, rtol=1e-5)
 
 
+def test_noise_has_the_covariance_of_the_fisher_information():
+    logits = torch.tensor([2.0, 0.0, -1.0, 0.5]).expand(40000, -1)
+    noise = fisher_noise(logits, torch.Generator().manual_seed(0))
+    p = logits[0].softmax(-1)
+    torch.testing.assert_close(noise.mT @ noise / len(noise), p.diag() - torch.outer(p, p), atol=3e-3, rtol=0)
+    torch.testing.assert_close(noise.sum(-1), torch.zeros(len(noise)), atol=1e-5, rtol=0)
+
+
 def test_fisher_is_the_mean_outer_product_of_gradients(measured):
     model, windows, statistics = measured
     for row, pair in enumerate(gradients(model, windows)):
@@ -144,22 +157,24 @@ def test_fisher_beside_a_window_is_of_what_is_read_as_stored_and_a_little_of_all
 def test_fisher_agrees_with_finite_differences(kind, tmp_path):
     # GPT-2, because no part of it computes in float32 whatever the model's dtype, as RMSNorm does.
     model, windows = load("gpt2", tmp_path)
-    # Token 4 is the only ordinary one whose key or value anything is predicted from; token 5 is read by nobody.
-    window, token, layer, head, step = windows[:1, : FIRST_ORDINARY + 2], FIRST_ORDINARY, 1, 1, 1e-5
+    # Token 4 is the only ordinary one.
+    window, token, layer, head, step = windows[:1, : FIRST_ORDINARY + 1], FIRST_ORDINARY, 1, 1, 1e-5
     shape = attended(model, window)[layer][0].shape
     gradient = torch.zeros(shape[-1], dtype=torch.float64)
+    with torch.no_grad():
+        noise = noise_of(said(model, window, {}))
     for dimension in range(shape[-1]):
-        losses = []
+        sums = []
         for sign in (1, -1):
             bump = torch.zeros(shape, dtype=torch.float64)
             bump[0, head, token, dimension] = sign * step
             nothing = torch.zeros_like(bump)
             offsets = {layer: (bump, nothing) if kind == "key" else (nothing, bump)}
             with torch.no_grad():
-                losses.append(summed_loss(model, window, offsets))
-        gradient[dimension] = (losses[0] - losses[1]) / (2 * step)
+                sums.append((said(model, window, offsets) * noise).sum())
+        gradient[dimension] = (sums[0] - sums[1]) / (2 * step)
     fisher = getattr(measure(model, window), kind).fisher[layer, head].double()
-    expected = torch.outer(gradient, gradient) / 2
+    expected = torch.outer(gradient, gradient)
     assert (fisher - expected).norm() < 1e-4 * expected.norm()
 
 
