@@ -17,7 +17,7 @@ eigmax          The most sensitive direction in token space. Above 0.15 one patt
                 the rest, rules the head.
 cond            eigmax over the smallest positive eigenvalue. Large: a few stiff directions and many soft ones.
 energy_rK       Share of the trace in the K largest eigenvalues. effective_rank: the fewest that hold 90 %.
-key_*, value_*  The same of E[g g^T], g the gradient of the loss with respect to a key or value: what an error there costs.
+key_*, value_*  The same of the Fisher information of predictions about a key or value: what an error there costs.
                 This is what the planner `budget` acts on.
 df              (sum of eigenvalues)^2 / sum of squares: how many directions are in use.
 k90, k95, k99   Dimensions that hold so much of the variance; compression: all dimensions / k95. Weights use most of their

@@ -87,7 +87,7 @@ def noise_of(logits: Tensor, seed: int = 0) -> Tensor:
 
 
 def gradients(model: PreTrainedModel, windows: Tensor, recent: int = 0) -> list[list[Tensor]]:
-    """Drawn with respect to ordinary tokens' keys and values, [H, tokens, D] each, by layer."""
+    """Those drawn, with respect to ordinary tokens' keys and values, [H, tokens, D] each, by layer."""
     offsets = {
         layer: tuple(torch.zeros_like(x).requires_grad_() for x in pair)
         for layer, pair in attended(model, windows).items()
