@@ -48,8 +48,9 @@ class KVSpliceBackend(AttentionBackend):
 
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    # Bytes of one token in one layer; set on the subclass that `_backend_of` makes.
+    # Set on the subclass that `_backend_of` makes: bytes of one token in one layer; whether some layers have no codec.
     token_bytes: ClassVar[int | None] = None
+    beside_stock: ClassVar[bool] = False
 
     @staticmethod
     def get_name() -> str:
@@ -87,14 +88,20 @@ class KVSpliceBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """The layer's page as one head slot of `token_bytes` bytes a token; what is inside is ours."""
+        """The layer's page as one head slot of `token_bytes` bytes a token; what is inside is ours.
+
+        A block may pass from our layers to stock ones, whose attention multiplies what lies behind a sequence's end by 0;
+        old codes read as numbers make NaN of it. Where dtypes of layers differ, vLLM clears every block before use.
+        """
         assert cls.token_bytes is not None, "asked for a cache spec before weights were loaded"
-        return replace(spec, num_head_slots=1, state_content_bytes=cls.token_bytes)
+        dtype = torch.uint8 if cls.beside_stock else spec.dtype
+        return replace(spec, num_head_slots=1, state_content_bytes=cls.token_bytes, dtype=dtype)
 
 
 @cache
-def _backend_of(token_bytes: int) -> type[KVSpliceBackend]:
-    return type(f"KVSpliceBackend{token_bytes}", (KVSpliceBackend,), {"token_bytes": token_bytes})
+def _backend_of(token_bytes: int, beside_stock: bool) -> type[KVSpliceBackend]:
+    attributes = {"token_bytes": token_bytes, "beside_stock": beside_stock}
+    return type(f"KVSpliceBackend{token_bytes}", (KVSpliceBackend,), attributes)
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         device = torch.empty(0, device=self._vllm_config.device_config.device_type).device
         self.codec = self._artifact.layer_shard(index, rank, ranks).to(device)
         assert (self.codec.num_kv_heads, self.codec.head_dim) == (self.num_kv_heads, self.head_size)
-        layer.attn_backend = _backend_of(self.codec.layout.token_bytes)
+        layer.attn_backend = _backend_of(self.codec.layout.token_bytes, not self._artifact.covers_all_layers)
         if self._settings.recent_window:
             assert self._settings.window_block is not None
             hit_alignment, drafts = self._vllm_config.cache_config.block_size, self._vllm_config.num_speculative_tokens
