@@ -11,6 +11,7 @@
 // `series` are cosines, sines and polynomials of a token's offset from its segment's centre, the same for every row, head and
 // layer; `factors` are what a row's mean series has for them there. Numbers of 16 bits are two bytes, so a product of two
 // is one of high bytes, worth 256, and two of a high and a low one; keys and values are single bytes and cost two.
+#include "amx_few.h"
 #include "amx_window.h"
 #include "schedule.h"
 
@@ -26,8 +27,8 @@ constexpr int32_t kUnread = INT32_MIN;
 
 struct AmxPrompt;
 
-struct Amx : Avx512 {
-    static constexpr int kRows = kManyRows, kFewRows = 7;
+struct Amx : AmxFew {
+    static constexpr int kRows = kManyRows;
     using Prompt = AmxPrompt;
 
     // Every tile has sixteen rows of 64 bytes.
@@ -288,13 +289,13 @@ struct AmxPrompt {
 
     void unpack_values(const Half& half, const Tiles& tiles) {
         for (int g = 0; g < half.group_count; ++g)
-            Amx::unpack_values(half, g, tiles, values + g * 8 * kValueRow, kValueRow);
+            Avx512::unpack_values(half, g, tiles, values + g * 8 * kValueRow, kValueRow);
     }
 
     // Token by token, from quads of latents.
     void unpack_keys(const Half& half, const Tiles& tiles) {
         for (int tile = 0; tile < tiles.count; ++tile) {
-            Amx::unpack_keys(half, tiles, tile, quads);
+            Avx512::unpack_keys(half, tiles, tile, quads);
             for (int part = 0; part < ceil_div(half.latents, 64); ++part)
                 for (int j = 0; j < 4; ++j)
                     turn(quads + part * 64 * kTile + 64 * j, 256, [&](int c) KV_LAMBDA {
