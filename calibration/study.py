@@ -266,6 +266,7 @@ def _provenance(measured: Study, plan: Plan) -> Provenance:
         text_sha256=measured.corpus.sha256,
         tokens=measured.statistics.tokens,
         context=measured.windows.shape[1],
+        recent=measured.config.recent,
         seed=measured.config.seed,
         fit=_fitted_by(measured.config, plan),
         planner=plan.planner,
@@ -280,5 +281,4 @@ def _fitted_by(config: CalibrationConfig, plan: Plan) -> str:
     """Algorithms, that of the recipe first, and training, as an artifact tells of them."""
     named = {name or config.fit for heads in plan.fits or ((None,),) for name in heads}
     algorithms = " and ".join(sorted(named, key=lambda name: (name != config.fit, name)))
-    beside = f", beside a window of {config.recent}" if config.recent else ""
-    return algorithms + beside + (f", finetuned in {config.training_steps} steps" if config.finetune else "")
+    return algorithms + (f", finetuned in {config.training_steps} steps" if config.finetune else "")

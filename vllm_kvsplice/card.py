@@ -81,6 +81,7 @@ def _provenance(artifact: Artifact) -> str:
         "model": origin.model,
         "text": f"{origin.text}, {origin.tokens} tokens in windows of {origin.context}, seed {origin.seed}",
         "SHA-256 of the text": origin.text_sha256,
+        "exact window": origin.recent,
         "fit": origin.fit,
         "plan": f"{origin.planner}, {origin.requested}",
         "created": origin.created,

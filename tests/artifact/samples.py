@@ -48,6 +48,7 @@ PROVENANCE = Provenance(
     text_sha256="0" * 64,
     tokens=16384,
     context=1024,
+    recent=32,
     seed=0,
     fit="random",
     planner="budget",

@@ -172,6 +172,8 @@ MANIFEST_VALUES = [
     ("rotary.skips", [1, 0], "skips layers"),
     ("rotary.skips", [1, 1], "skips layers"),
     ("rotary.interleaved", "false", "rotary.interleaved"),
+    ("provenance.recent", -1, "provenance.recent"),
+    ("provenance.recent", "32", "provenance.recent"),
     ("layers", [], "0 layers"),
     ("layers", None, "layers"),
     ("layers", {"0": None}, "layers"),
@@ -343,13 +345,16 @@ TENSOR_FILES = {
     "frequency too low": (values("rotary.inv_freq", set_at(7, -3.2)), "rotary.inv_freq"),
 }
 
+# What artifacts made before the field existed do without.
+OPTIONAL = {("rotary", "skips"), ("provenance", "recent")}
+
 CASES: dict[str, tuple[Spoil, str]] = {
     **{f"{path} is {value!r}": (put(path, value), word) for path, value, word in MANIFEST_VALUES},
     **{
         f"without {'.'.join(path)}": (drop(path), path[-1])
         for path in nodes(Draft(GOOD).manifest)
         if all(isinstance(key, str) for key in path)
-        and path not in {("tensors_sha256",), ("provenance", "versions", "torch"), ("rotary", "skips")}
+        and path not in {("tensors_sha256",), ("provenance", "versions", "torch"), *OPTIONAL}
     },
     **{f"manifest: {name}": case for name, case in MANIFEST_TEXTS.items()},
     **{f"tensors: {name}": case for name, case in TENSOR_FILES.items()},

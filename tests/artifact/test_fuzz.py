@@ -38,11 +38,13 @@ PROVENANCE = dict.fromkeys(("model", "text", "text_sha256", "fit", "planner", "r
     "expected_change_percent": float,
     "tokens": ANY,
     "context": ANY,
+    "recent": (0, (1 << 20) - 1),
     "seed": ANY,
     "versions": dict,
 }
 QUALITY = {"mode": str, "baseline_ppl": float, "ppl": float, "change_percent": float, "tokens": ANY, "context": ANY}
 TOP = {"format": str, "version": (1, 1), "layers": list, "tensors_sha256": str}
+DEFAULTS: dict[str, dict[str, Any]] = {"rotary": {"skips": []}, "provenance": {"recent": 0}}
 OBJECTS = {"model": MODEL, "rotary": ROTARY, "provenance": PROVENANCE, "quality": QUALITY}
 
 
@@ -94,8 +96,8 @@ def check_manifest(files: Files) -> dict[str, Any]:
     check_fields(manifest, TOP, "manifest", tuple(OBJECTS))
     for name, fields in OBJECTS.items():
         if manifest[name] is not None or name in ("model", "provenance"):
-            if name == "rotary" and isinstance(manifest[name], dict):
-                manifest[name].setdefault("skips", [])
+            if name in DEFAULTS and isinstance(manifest[name], dict):
+                manifest[name] = DEFAULTS[name] | manifest[name]
             check_fields(manifest[name], fields, name)
     ensure(all(isinstance(v, str) for v in manifest["provenance"]["versions"].values()), "versions")
     ensure(manifest["format"] == "kvsplice", "format")

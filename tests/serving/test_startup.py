@@ -85,6 +85,26 @@ def test_blocks_suit_the_gpu_engine_s_kernels(
     assert config.cache_config.user_specified_block_size
 
 
+@pytest.mark.parametrize(("window", "warnings"), [(DEFAULT_WINDOW, 0), (DEFAULT_WINDOW - 1, 1)])
+def test_a_window_smaller_than_the_artifact_was_made_for_is_told(
+    configure: Callable[..., Any],
+    served: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    window: int,
+    warnings: int,
+) -> None:
+    artifact = plugin.open_artifact(served / "kvsplice", None)
+    origin = artifact.manifest.provenance.model_copy(update={"recent": DEFAULT_WINDOW})
+    made = make_artifact(artifact.manifest.model_copy(update={"provenance": origin}), artifact.tensors)
+    save_artifact(made, tmp_path / "beside")
+    told: list[str] = []
+    monkeypatch.setattr(plugin.logger, "warning", lambda text, *values: told.append(text % values))
+    configure(additional_config={"kvsplice": {"artifact": str(tmp_path / "beside"), "recent_window": window}})
+    assert len(told) == warnings
+    assert all("window of 32 tokens" in text and "--recent 31" in text for text in told)
+
+
 def test_the_user_s_block_size_is_kept(configure: Callable[..., Any]) -> None:
     config = configure(block_size=48)
     assert config.cache_config.block_size == 48

@@ -85,13 +85,20 @@ class Quality(_Strict):
 
 
 class Provenance(_Strict):
-    """How the artifact came to be. `expected_change_percent` is what the planner expected of perplexity."""
+    """How the artifact came to be.
+
+    Attributes:
+        recent: W of the exact window that it was made to be read beside.
+        expected_change_percent: of perplexity, by the planner.
+
+    """
 
     model: str
     text: str
     text_sha256: str
     tokens: int
     context: int
+    recent: Index = 0
     seed: int
     fit: str
     planner: str

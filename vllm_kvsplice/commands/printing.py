@@ -34,7 +34,8 @@ def print_summary(artifact: "Artifact", title: str) -> None:
     table.add_row("instead of", f"{before} bytes per token in 16 bits: {before / after:.2f}x smaller")
     origin = manifest.provenance
     table.add_row("fit", f"{origin.fit}, {origin.tokens} tokens of {origin.text}, {origin.created}")
-    table.add_row("plan", f"{origin.planner}, {origin.requested}")
+    beside = f", beside an exact window of {origin.recent}" if origin.recent else ""
+    table.add_row("plan", f"{origin.planner}, {origin.requested}{beside}")
     table.add_row("expected", f"perplexity {origin.expected_change_percent:+.2f} %")
     if manifest.quality:
         quality = manifest.quality

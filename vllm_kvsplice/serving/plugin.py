@@ -98,6 +98,14 @@ def prepare(vllm_config: VllmConfig) -> None:
         return
     if vllm_config.lora_config is not None:
         logger.warning("KVSplice was calibrated without adapters; those that change keys or values cost more quality.")
+    made_for = artifact.manifest.provenance.recent
+    assert settings.recent_window is not None
+    if settings.recent_window < made_for:
+        logger.warning(
+            "KVSplice: the artifact was made to be read beside an exact window of %d tokens and costs more quality beside "
+            "%d; make another with: kvsplice calibrate MODEL --out DIR --recent %d",
+            *(made_for, settings.recent_window, settings.recent_window),
+        )
     filled_in: dict[str, Any] = {"digest": artifact.digest}
     cache = vllm_config.cache_config
     given_size = cache.block_size if cache.user_specified_block_size else None
