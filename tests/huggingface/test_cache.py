@@ -106,9 +106,11 @@ class TestGeneration:
         ids=str,
     )
     def test_beams_and_samples_are_those_without_a_cache(self, llama: Tiny, options: dict[str, Any]) -> None:
-        tokens = generated(llama, new_cache(llama), **options)
+        cache = new_cache(llama)
+        tokens = generated(llama, cache, **options)
         assert torch.equal(tokens, generated_without_cache(llama, **options))
-        assert not torch.equal(tokens, generated(llama, DynamicCache(), **options))
+        # The last token is never read. That tokens differ from the uncompressed model's is chance.
+        assert cache.get_seq_length() == tokens.shape[1] - 1
 
     def test_drafts_that_are_taken_back_leave_no_trace(self, llama: Tiny) -> None:
         prompt = llama.tokens[:1, :30].repeat(1, 2)
