@@ -68,7 +68,7 @@ struct Half {
 constexpr int kTerms = 6;
 constexpr double kSlack = 2e-7;
 
-// Where many rows share the work (`amx.cpp`), series go around the centres of this many tokens, and pairs that turn by less
+// Where many rows share the work (`amx_prompt.h`), series go around the centres of this many tokens, and pairs that turn by less
 // than 2.6 radians from there to the end are Chebyshev polynomials up to this degree (within 1e-6).
 constexpr int kSegment = 256;
 // Those that turn by less than 0.2 need none above the fourth (within 2e-7).
