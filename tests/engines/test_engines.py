@@ -268,6 +268,15 @@ def without(half: KindCodec, direction: Tensor) -> KindCodec:
     return replace(half, analysis=half.analysis - (half.analysis @ direction)[..., None] * direction)
 
 
+@pytest.mark.skipif("amx" not in instruction_sets(), reason="needs AMX")
+@pytest.mark.parametrize("dim", [32, 96, 128, 256])
+@pytest.mark.parametrize("group", range(1, 9))
+def test_few_rows_with_amx_give_the_bits_of_avx512(group, dim):
+    one, other = CpuEngine("amx"), CpuEngine("avx512")
+    step = make_step(Case(((1, 700), (1, 65), (1, 1)), group=group, dim=dim, block=64, window=16)).store(other)
+    assert torch.equal(step.attend(one), step.attend(other))
+
+
 @pytest.mark.parametrize("isa", instruction_sets())
 def test_latents_that_float32_cannot_tell_from_a_threshold_get_the_references_codes(isa):
     random = torch.Generator().manual_seed(0)
