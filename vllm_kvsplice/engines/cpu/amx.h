@@ -14,6 +14,21 @@ constexpr int kDepth = 32, kTileNumbers = 16 * kDepth;
 // Rows of a product of bfloat16 numbers: four tiles, whose sums do not wait for each other.
 constexpr int kProductRows = 64;
 
+// Sums stand in tile registers 0 to 3, and then side by side in memory.
+KV_INLINE void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+KV_INLINE void keep_sums(void* sums) {
+    char* at = static_cast<char*>(sums);
+    _tile_stored(0, at, 64);
+    _tile_stored(1, at + kTileBytes, 64);
+    _tile_stored(2, at + 2 * kTileBytes, 64);
+    _tile_stored(3, at + 3 * kTileBytes, 64);
+}
+
 // 16 x 16 numbers of 32 bits, rows `stride` bytes apart; column c goes to `to(c)`.
 template <class To>
 KV_INLINE void turn(const void* from, int64_t stride, To to) {

@@ -41,9 +41,9 @@ struct AmxFew : Avx512 {
         uint8_t* keys = reinterpret_cast<uint8_t*>(places) + kSumBytes;
         const int depth = static_cast<int>(ceil_div(half.latents, 64));
         for (int tile = 0; tile < tiles.count; ++tile, scores += kTile) {
-            unpack_keys(half, tiles, tile, keys);
+            unpack_keys<true>(half, tiles, tile, keys);
             multiply_keys(queries, keys, depth);
-            keep(sums);
+            keep_sums(sums);
             for (int row = 0; row < queries.rows; ++row) add_scores(queries, row, sums, scores + row * kSplit);
         }
     }
@@ -58,13 +58,15 @@ struct AmxFew : Avx512 {
             turn(reinterpret_cast<const char*>(probability) + t * kTile, kSplit,
                  [&](int quad) KV_LAMBDA { return turned + t * kTileBytes + quad * 64; });
         for (int first = 0; first < half.latents; first += kLatents) {
-            zero();
+            const int groups = least(kLatents, half.latents - first) / 8;
+            zero_sums();
             for (int t = 0; t < tiles.count; t += kChunk) {
                 const int count = least(kChunk, tiles.count - t);
-                unpack_values(half, first / 8, tiles, t, count, values);
+                for (int g = 0; g < groups; ++g)
+                    unpack_values(half, first / 8 + g, tiles, t, count, values + 8 * g * kRow, kRow);
                 for (int i = 0; i < count; ++i) multiply_values(values + i * kTile, turned + (t + i) * kTileBytes);
             }
-            keep(found);
+            keep_sums(found);
             for (int r = 0; r < kLatents && first + r < half.latents; r += 16)
                 put_sums(found + r * kLanes, rows, sums + first + r, stride);
         }
@@ -74,40 +76,10 @@ struct AmxFew : Avx512 {
     // Four tiles of sums.
     static constexpr int kSumBytes = 4 * kTileBytes;
 
-    static KV_INLINE void zero() {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-
-    // Tile registers 0 to 3.
-    static KV_INLINE void keep(int32_t* sums) {
-        char* at = reinterpret_cast<char*>(sums);
-        _tile_stored(0, at, 64);
-        _tile_stored(1, at + kTileBytes, 64);
-        _tile_stored(2, at + 2 * kTileBytes, 64);
-        _tile_stored(3, at + 3 * kTileBytes, 64);
-    }
-
-    // Keys of a tile, [16 depth quads of latents][64 tokens][4].
-    static void unpack_keys(const Half& half, const Tiles& tiles, int tile, uint8_t* out) {
-        for (int g = 0; g < half.group_count;)
-            with_constant<8>(half.groups[g].width, [&](auto width) KV_LAMBDA {
-                do {
-                    const Coded<width, true> keys(half, g, tiles);
-                    keys.ask(tile);
-                    __m512i quads[8];
-                    keys.quads(tile, quads);
-                    each<8>([&](auto i) KV_LAMBDA { _mm512_store_si512(out + (8 * g + i) * 64, quads[i]); });
-                } while (++g < half.group_count && half.groups[g].width == width);
-            });
-    }
-
     // Sixteen tokens in each of the tile registers 0 to 3.
     static KV_INLINE void multiply_keys(const Queries& queries, const uint8_t* keys, int depth) {
         const int8_t* query = reinterpret_cast<const int8_t*>(queries.numbers);
-        zero();
+        zero_sums();
         for (int k = 0; k < depth; ++k, query += 64, keys += 16 * 4 * 64) {
             _tile_loadd(4, query, queries.stride);
             _tile_loadd(5, keys, 4 * 64);
@@ -127,21 +99,6 @@ struct AmxFew : Avx512 {
             const Ints sum = (load<Ints>(high) << 8) + load<Ints>(high + kLanes) - queries.offset[row];
             store(scores + 16 * i, load(scores + 16 * i) + queries.unit[row] * __builtin_convertvector(sum, Floats));
         });
-    }
-
-    // Values of up to eight groups from `first` on in `count` tiles from `tile` on, rows of `kRow` bytes.
-    static void unpack_values(const Half& half, int first, const Tiles& tiles, int tile, int count, int8_t* out) {
-        const int last = least(half.group_count, first + kLatents / 8);
-        for (int g = first; g < last; ++g, out += 8 * kRow)
-            with_constant<8>(half.groups[g].width, [&](auto width) KV_LAMBDA {
-                const Coded<width, false> values(half, g, tiles);
-                for (int t = 0; t < count; ++t) {
-                    values.ask(tile + t);
-                    each<8>([&](auto i) KV_LAMBDA {
-                        _mm512_store_si512(out + i * kRow + t * kTile, values.template latent<i>(tile + t));
-                    });
-                }
-            });
     }
 
     // Sixteen latents in each of the tile registers 0 to 3.

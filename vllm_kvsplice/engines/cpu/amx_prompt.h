@@ -268,13 +268,13 @@ struct AmxPrompt {
 
     void unpack_values(const Half& half, const Tiles& tiles) {
         for (int g = 0; g < half.group_count; ++g)
-            Avx512::unpack_values(half, g, tiles, values + g * 8 * kValueRow, kValueRow);
+            Avx512::unpack_values(half, g, tiles, 0, tiles.count, values + g * 8 * kValueRow, kValueRow);
     }
 
     // Token by token, from quads of latents.
     void unpack_keys(const Half& half, const Tiles& tiles) {
         for (int tile = 0; tile < tiles.count; ++tile) {
-            Avx512::unpack_keys(half, tiles, tile, quads);
+            Avx512::unpack_keys<false>(half, tiles, tile, quads);
             for (int part = 0; part < ceil_div(half.latents, 64); ++part)
                 for (int j = 0; j < 4; ++j)
                     turn(quads + part * 64 * kTile + 64 * j, 256, [&](int c) KV_LAMBDA {
@@ -394,7 +394,7 @@ struct AmxPrompt {
             const int64_t at = token % kSegment * tables->columns;
             add_series(tables->high + at, tables->low + at, tables->columns, factors_of(token / kSegment, piece.group));
         }
-        keep(found);
+        keep_sums(&found);
     }
 
     // High bytes add up in tile registers 0 and 1, sixteen tokens each, low ones in 2 and 3.
@@ -502,10 +502,7 @@ struct AmxPrompt {
     KV_INLINE void multiply_values(const Piece& piece, int slot, int pair, int tiles, Products& found) {
         const int8_t* value = values + pair * 32 * kValueRow;
         const uint8_t* probability = probabilities + slot * kSplit / 64 * 2 * kTileBytes;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
         for (int t = 0; t < tiles; ++t, value += 64, probability += 2 * kTileBytes) {
             _tile_loadd(4, value, kValueRow);
             _tile_loadd(6, probability, 64);
@@ -516,14 +513,7 @@ struct AmxPrompt {
             _tile_dpbsud(2, 4, 7);
             _tile_dpbsud(3, 5, 7);
         }
-        keep(found);
-    }
-
-    static KV_INLINE void keep(Products& found) {
-        _tile_stored(0, found.high[0], 64);
-        _tile_stored(1, found.high[16], 64);
-        _tile_stored(2, found.low[0], 64);
-        _tile_stored(3, found.low[16], 64);
+        keep_sums(&found);
     }
 
     KV_INLINE void add_values(const Piece& piece, int pair, const Products& found) {

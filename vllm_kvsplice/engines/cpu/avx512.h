@@ -251,26 +251,31 @@ struct Avx512 {
         _mm512_storeu_si512(at + kSplit, low);
     }
 
-    // The keys of a tile, [4 latents][64 tokens][4], tokens in quads (`kQuads`).
-    static void unpack_keys(const Half& half, const Tiles& tiles, int tile, int8_t* out) {
-        for (int g = 0; g < half.group_count; ++g, out += 8 * kTile)
+    // The keys of a tile, [4 latents][64 tokens][4], tokens in quads (`kQuads`); `raised`: levels plus 128.
+    template <bool raised>
+    static void unpack_keys(const Half& half, const Tiles& tiles, int tile, void* out) {
+        __m512i* to = static_cast<__m512i*>(out);
+        for (int g = 0; g < half.group_count;)
             with_constant<8>(half.groups[g].width, [&](auto width) KV_LAMBDA {
-                const Coded<width, false> keys(half, g, tiles);
-                keys.ask(tile);
-                __m512i quads[8];
-                keys.quads(tile, quads);
-                each<8>([&](auto i) KV_LAMBDA { _mm512_store_si512(out + i * kTile, quads[i]); });
+                do {
+                    const Coded<width, raised> keys(half, g, tiles);
+                    keys.ask(tile);
+                    __m512i quads[8];
+                    keys.quads(tile, quads);
+                    each<8>([&](auto i) KV_LAMBDA { _mm512_store_si512(to + 8 * g + i, quads[i]); });
+                } while (++g < half.group_count && half.groups[g].width == width);
             });
     }
 
-    // The values of a group, rows of `row_bytes`.
-    static void unpack_values(const Half& half, int g, const Tiles& tiles, int8_t* out, int64_t row_bytes) {
+    // The values of a group in `count` tiles from `first` on, rows of `row_bytes`.
+    static void unpack_values(const Half& half, int g, const Tiles& tiles, int first, int count, int8_t* out,
+                              int64_t row_bytes) {
         with_constant<8>(half.groups[g].width, [&](auto width) KV_LAMBDA {
             const Coded<width, false> values(half, g, tiles);
-            for (int t = 0; t < tiles.count; ++t) {
-                values.ask(t);
+            for (int t = 0; t < count; ++t) {
+                values.ask(first + t);
                 each<8>([&](auto i) KV_LAMBDA {
-                    _mm512_store_si512(out + i * row_bytes + t * kTile, values.template latent<i>(t));
+                    _mm512_store_si512(out + i * row_bytes + t * kTile, values.template latent<i>(first + t));
                 });
             }
         });
@@ -314,7 +319,7 @@ struct Avx512 {
                 });
                 continue;
             }
-            unpack_values(half, g, tiles, unpacked, kSplit);
+            unpack_values(half, g, tiles, 0, tiles.count, unpacked, kSplit);
             by_rows(0, rows, [&](int row, auto n) KV_LAMBDA {
                 sum_group<n>(Unpacked{unpacked}, p + row * 2 * kSplit, tiles.count, sums + row * stride, stride);
             });
