@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,23 @@ def native_extension() -> dict[str, Any]:
         return {}
 
     class OptionalBuild(BuildExtension):
+        """Compiles every file with its own flags and on a core of its own."""
+
         def build_extensions(self) -> None:
-            compile_one = self.compiler._compile
+            compile_one, compile_all = self.compiler._compile, self.compiler.compile
+            pool, running = ThreadPoolExecutor(), list[Future[None]]()
 
-            def with_flags(obj: str, source: str, ext: str, cc_args: Any, postargs: list[str], pp_opts: Any) -> None:
-                compile_one(obj, source, ext, cc_args, postargs + FLAGS.get(Path(source).name, []), pp_opts)
+            def begin(obj: str, source: str, ext: str, cc_args: Any, postargs: list[str], pp_opts: Any) -> None:
+                flags = postargs + FLAGS.get(Path(source).name, [])
+                running.append(pool.submit(compile_one, obj, source, ext, cc_args, flags, pp_opts))
 
-            self.compiler._compile = with_flags
+            def finish(*args: Any, **options: Any) -> list[str]:
+                objects = compile_all(*args, **options)
+                for compilation in running:
+                    compilation.result()
+                return objects
+
+            self.compiler._compile, self.compiler.compile = begin, finish
             try:
                 super().build_extensions()
             # Torch looks for the compiler on its own and raises whatever that brings up.

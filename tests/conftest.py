@@ -3,8 +3,8 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import count
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,27 +47,19 @@ def smollm_artifact(smollm_study: Study, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Start servers that live until the module's tests are over: `start(command, **environment)`."""
-    with _starter(tmp_path_factory.mktemp("servers")) as begin:
-        yield begin
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[dict[str, list[str]]], dict[str, Server]]]:
+    """Start servers that live until the module's tests are over, given by name and command.
 
-
-@pytest.fixture
-def start_briefly(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """The same for servers of a single test."""
-    with _starter(tmp_path / "servers") as begin:
-        yield begin
-
-
-@contextmanager
-def _starter(folder: Path) -> Iterator[Callable[..., Server]]:
-    numbers = count()
+    They start together: a start is mostly one thread's work.
+    """
+    folder = tmp_path_factory.mktemp("servers")
     with ExitStack() as stack:
 
-        def begin(command: list[str], **environment: str) -> Server:
-            log = folder / f"{next(numbers)}.log"
-            return stack.enter_context(running(command, log, ENVIRONMENT | environment))
+        def begin(commands: dict[str, list[str]]) -> dict[str, Server]:
+            logs = [folder / f"{name}.log" for name in commands]
+            servers = [running(*pair, ENVIRONMENT) for pair in zip(commands.values(), logs, strict=True)]
+            with ThreadPoolExecutor(len(commands)) as pool:
+                return dict(zip(commands, pool.map(stack.enter_context, servers), strict=True))
 
         yield begin
 

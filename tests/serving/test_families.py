@@ -41,28 +41,33 @@ def prompts() -> list[list[int]]:
     return [tokens[start : start + length] for start, length in ((0, 2), (50, 31), (300, 128), (700, 250))]
 
 
-@pytest.fixture
-def calibrated(tmp_path: Path) -> Callable[[str], Path]:
-    """A tiny model with its artifact inside, where the server looks for it."""
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model of every family with its artifact inside, where the server looks for it."""
+    folder = tmp_path_factory.mktemp("models")
+    text = folder / "text.txt"
+    text.write_text(TEXT)
+    made = {family: tiny_model(family, folder / family) for family in CASES}
+    for model in made.values():
+        calibrate(str(model), model / "kvsplice", CalibrationConfig(bits=4, text=str(text), tokens=2048, context=128))
+    return made
 
-    def make(family: str) -> Path:
-        model = tiny_model(family, tmp_path / family)
-        (tmp_path / "text.txt").write_text(TEXT)
-        recipe = CalibrationConfig(bits=4, text=str(tmp_path / "text.txt"), tokens=2048, context=128)
-        calibrate(str(model), model / "kvsplice", recipe)
-        return model
 
-    return make
+@pytest.fixture(scope="module")
+def servers(start: Callable[[dict[str, list[str]]], dict[str, Server]], models: dict[str, Path]) -> dict[str, Server]:
+    commands = {family: kvsplice_command("serve", models[family], *options) for family, options in CASES.items()}
+    for family, options in CASES.items():
+        if "--tensor-parallel-size" in options:
+            # One core for each of two ranks; without it vLLM wants a NUMA node for each.
+            commands[family] = ["env", "VLLM_CPU_OMP_THREADS_BIND=0|1", *commands[family]]
+    return start(commands)
 
 
 @pytest.mark.parametrize("family", CASES, ids=lambda family: NAMES.get(family, family))
 def test_server_computes_what_the_hugging_face_path_does(
-    family: str, start_briefly: Callable[..., Server], calibrated: Callable[[str], Path], prompts: list[list[int]]
+    family: str, servers: dict[str, Server], models: dict[str, Path], prompts: list[list[int]]
 ) -> None:
-    path = calibrated(family)
-    # One core for each of two ranks; without it vLLM wants a NUMA node for each.
-    threads = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if "--tensor-parallel-size" in CASES[family] else {}
-    server = start_briefly(kvsplice_command("serve", path, *CASES[family]), **threads)
+    server, path = servers[family], models[family]
     assert "KVSplice is in use" in server.log.read_text()
     model, _ = load_model(str(path), torch.float32)
     artifact = load_artifact(path / "kvsplice")

@@ -10,7 +10,6 @@ import json
 import re
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -48,18 +47,19 @@ def prompts(smollm: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def servers(start: Callable[..., Server], smollm: Path, smollm_artifact: Path) -> dict[str, Server]:
-    """All servers of this module, started together: a start is mostly one thread's work."""
+def servers(
+    start: Callable[[dict[str, list[str]]], dict[str, Server]], smollm: Path, smollm_artifact: Path
+) -> dict[str, Server]:
     # The plain way, without `kvsplice serve`.
     section = json.dumps({"kvsplice": {"artifact": str(smollm_artifact)}})
-    commands = {
-        "stock": vllm_command(smollm, *COMMON),
-        "four bits": vllm_command(smollm, *COMMON, "--attention-backend", "CUSTOM", "--additional-config", section),
-        "cramped": kvsplice_command("serve", smollm, smollm_artifact, *CRAMPED),
-        "drafting": kvsplice_command("serve", smollm, smollm_artifact, *COMMON, "--speculative-config", DRAFTS),
-    }
-    with ThreadPoolExecutor(len(commands)) as pool:
-        return dict(zip(commands, pool.map(start, commands.values()), strict=True))
+    return start(
+        {
+            "stock": vllm_command(smollm, *COMMON),
+            "four bits": vllm_command(smollm, *COMMON, "--attention-backend", "CUSTOM", "--additional-config", section),
+            "cramped": kvsplice_command("serve", smollm, smollm_artifact, *CRAMPED),
+            "drafting": kvsplice_command("serve", smollm, smollm_artifact, *COMMON, "--speculative-config", DRAFTS),
+        }
+    )
 
 
 @pytest.fixture(scope="module")

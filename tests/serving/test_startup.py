@@ -1,9 +1,11 @@
 """What a server refuses at start: one sentence with its reason, before any weight is loaded and any port is open."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from vllm_kvsplice.serving import plugin
 from vllm_kvsplice.serving.backend import KVSpliceBackend, KVSpliceImpl
 
 CUSTOM = "CUSTOM"
+Ended = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
@@ -279,38 +282,43 @@ def test_shape_is_read_the_same_with_and_without_vllm(configure: Callable[..., A
     plugin.open_artifact(served / "kvsplice", None).check_model(configure().model_config.hf_config)
 
 
+@pytest.fixture(scope="module")
+def stopped(served: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """Servers that end by themselves, run together: two without an artifact, two with a plugin that does not load."""
+    folder = tmp_path_factory.mktemp("stopped")
+    bare = tiny_model("llama", folder / "bare")
+    (folder / "sitecustomize.py").write_text("import sys; sys.modules['vllm_kvsplice.serving.plugin'] = None\n")
+    runs: dict[str, tuple[list[str], dict[str, str]]] = {
+        "vllm": (vllm_command(bare, "--attention-backend", CUSTOM), {}),
+        "kvsplice": (kvsplice_command("serve", bare), {}),
+        "left out": (kvsplice_command("serve", served), {"VLLM_PLUGINS": "something_else"}),
+        "broken": (kvsplice_command("serve", served), {"PYTHONPATH": str(folder)}),
+    }
+
+    def run(command: list[str], variables: dict[str, str]) -> Ended:
+        environment = os.environ | variables
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        return dict(zip(runs, pool.map(run, *zip(*runs.values(), strict=True)), strict=True))
+
+
 @pytest.mark.server
-@pytest.mark.parametrize(
-    "command", [vllm_command, lambda model, *options: kvsplice_command("serve", model)], ids=["vllm", "kvsplice"]
-)
-def test_a_server_without_an_artifact_stops_with_one_sentence(
-    command: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    model = tiny_model("llama", tmp_path / "model")
-    run = subprocess.run(
-        command(model, "--attention-backend", CUSTOM), capture_output=True, text=True, timeout=120, check=False
-    )
+@pytest.mark.parametrize("name", ["vllm", "kvsplice"])
+def test_a_server_without_an_artifact_stops_with_one_sentence(name: str, stopped: dict[str, Ended]) -> None:
+    run = stopped[name]
     assert run.returncode != 0
-    last = run.stderr.strip().splitlines()[-1]
-    assert (
-        last
-        == f"kvsplice: no KVSplice artifact for {model}; make one with: kvsplice calibrate {model} --out {model}/kvsplice"
-    )
+    pattern = r"kvsplice: no KVSplice artifact for (\S+); make one with: kvsplice calibrate (\S+) --out (\S+)/kvsplice"
+    last = re.fullmatch(pattern, run.stderr.strip().splitlines()[-1])
+    assert last
+    assert len(set(last.groups())) == 1
     assert "Traceback" not in run.stderr
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("fault", ["left out", "broken"])
-def test_kvsplice_serve_never_serves_uncompressed(fault: str, served: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["left out", "broken"])
+def test_kvsplice_serve_never_serves_uncompressed(name: str, stopped: dict[str, Ended]) -> None:
     """vLLM logs a plugin that does not load and goes on without; `kvsplice serve` must not."""
-    environment = dict(os.environ)
-    if fault == "left out":
-        environment["VLLM_PLUGINS"] = "something_else"
-    else:
-        (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['vllm_kvsplice.serving.plugin'] = None\n")
-        environment["PYTHONPATH"] = str(tmp_path)
-    run = subprocess.run(
-        kvsplice_command("serve", served), capture_output=True, text=True, timeout=120, check=False, env=environment
-    )
+    run = stopped[name]
     assert run.returncode == 1
     assert run.stderr.strip().splitlines()[-1].startswith("kvsplice: ")
