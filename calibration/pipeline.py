@@ -1,7 +1,6 @@
-"""The steps of calibration in order: collect -> plan -> fit (-> plan again -> finetune) -> evaluate -> export."""
+"""The steps of calibration in order: collect -> plan -> fit (-> finetune) -> evaluate -> export."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,8 +11,6 @@ from calibration.evaluate import Evaluation, Mode, compressing_tap, evaluate
 from calibration.fit import FittedCodec
 from calibration.fit.errors import error_table, head_errors
 from calibration.fit.finetune import Schedule, finetune
-from calibration.fit.marginal import corrected, marginal_cost
-from calibration.fit.trainable import TrainableCodec
 from calibration.models import Source, load_model, short_name, window_length
 from calibration.plan import Plan
 from calibration.planners import make_plan
@@ -22,7 +19,6 @@ from calibration.planners.files import PlanFile, describe
 from calibration.planners.search import CURVE_BITS, search_bits
 from calibration.progress import console, steps
 from calibration.recipe import CalibrationConfig
-from calibration.statistics import NEAR_SHARE
 from calibration.study import Study, study
 from vllm_kvsplice.artifact import Artifact, Quality, save_artifact
 from vllm_kvsplice.errors import KVSpliceError
@@ -30,8 +26,6 @@ from vllm_kvsplice.errors import KVSpliceError
 # One window in so many of the text to finetune on judges instead, beside text held out: few windows hardly tell two codecs
 # of 4 bits apart.
 JUDGE_EVERY = 12
-# Windows, at most, on which it is measured what errors cost: half as many gain a third less.
-COST_WINDOWS = 16
 
 
 def choose(measured: Study) -> Plan:
@@ -124,8 +118,6 @@ def make(
         windows = measured.text_to_finetune_on()
         judging = torch.arange(len(windows)) % JUDGE_EVERY == 0
         training, held_out = windows[~judging], torch.cat((measured.held_out.finetune, windows[judging]))
-        if config.planner == "budget":
-            fitted = _replanned(measured, fitted, training, held_out)
         fitted = _finetune(measured, fitted, training, held_out, checkpoint)
     artifact = measured.artifact_of(fitted)
     _report_errors(measured, artifact, fitted.plan, errors_file)
@@ -143,34 +135,6 @@ def _report_errors(measured: Study, artifact: Artifact, chosen: Plan, file: Path
         file.parent.mkdir(parents=True, exist_ok=True)
         names = ["layer", "head", "kind", "bits"]
         before.merge(after, on=names, suffixes=("_before", "_after")).to_csv(file, index=False)
-
-
-def _replanned(measured: Study, fitted: FittedCodec, windows: Tensor, held_out: Tensor) -> FittedCodec:
-    """The codec of a plan of the same size by what errors cost under `fitted`, or `fitted` where that is no better."""
-    model, layers, rotary, config = measured.model, measured.layers, measured.rotary, measured.config
-    windows = windows[:: math.ceil(len(windows) / COST_WINDOWS)]
-    # As Fisher information counts: what is read as stored beside the window, and a share of all that is read.
-    shares = {config.recent: 1.0} | ({0: NEAR_SHARE} if config.recent else {})
-
-    with steps("Measuring what errors cost", len(shares) * len(windows)) as progress:
-        costs = [
-            share * marginal_cost(model, fitted, layers, rotary, windows, Reading(recent), progress)
-            for recent, share in shares.items()
-        ]
-    distortion = corrected(measured.evidence.distortion, fitted.plan.widths, torch.stack(costs).sum(0))
-    evidence = replace(measured.evidence, distortion=distortion)
-    other = measured.fit.codec(make_plan(evidence, config, fitted.plan.bytes_per_token))
-
-    def divergence(codec: FittedCodec) -> float:
-        read = TrainableCodec(codec.to(model.device), layers, rotary)
-        return sum(
-            share * evaluate(model, read, held_out, reading=Reading(recent)).divergence
-            for recent, share in shares.items()
-        )
-
-    before, after = divergence(fitted), divergence(other)
-    console.print(f"Divergence from the uncompressed model: {before:.4f} -> {after:.4f} nats a token by planning again")
-    return other if after < before else fitted
 
 
 def _finetune(

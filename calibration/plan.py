@@ -56,12 +56,7 @@ class Plan:
 
 def left_by(distortion: Tensor, widths: Tensor) -> float:
     """Distortion that `widths` [2, L, H, G] leave of what is possible [2, L, H, G, 9]."""
-    return float(at_widths(distortion, widths).sum())
-
-
-def at_widths(distortion: Tensor, widths: Tensor) -> Tensor:
-    """The same of each group, [2, L, H, G]."""
-    return distortion.gather(-1, widths[..., None])[..., 0]
+    return float(distortion.gather(-1, widths[..., None]).sum())
 
 
 def spread(code_bytes: int, groups: int) -> Tensor:

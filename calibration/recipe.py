@@ -30,8 +30,7 @@ class CalibrationConfig(PlannerSettings):
         bits: average bits per key and value element, 1.5 to 8. budget: bytes per token over all layers instead.
         max_ppl_increase: in percent; instead of a size, the smallest one that keeps to it.
         fit: the fitting algorithm (`calibration.fit.FITS`).
-        finetune: whether to plan again by measured costs, and train the codec on what the model says, afterwards. steps: of
-            that training, by default 300.
+        finetune: whether to train the codec on what the model says afterwards. steps: of that training, by default 300.
         text: `pydoc`, `wikitext`, a file or a directory.
         tokens: to measure on. seed: of all sampling.
         context: tokens per window; by default 1024, or all that the model reads.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from calibration.attention import AS_STORED, Reading, Tap, tapped
+from calibration.attention import Reading, Tap, tapped
 from calibration.evaluate import evaluate
 from calibration.fit.coder import FittedCodec
 from calibration.fit.trainable import TrainableCodec
@@ -113,7 +113,7 @@ def finetune(
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
         optimizer.zero_grad()
-        task_loss(model, codec, examples[step].to(model.device)).backward()
+        _loss(model, codec, examples[step].to(model.device)).backward()
         optimizer.step()
         progress()
         if step + 1 in schedule.checks:
@@ -128,11 +128,11 @@ def finetune(
     return Finetuned(codec.fitted().to(torch.device("cpu")), before, state.best_kl)
 
 
-def task_loss(model: PreTrainedModel, tap: Tap, tokens: Tensor, reading: Reading = AS_STORED) -> Tensor:
+def _loss(model: PreTrainedModel, tap: Tap, tokens: Tensor) -> Tensor:
     """Cross entropy with the uncompressed model on tokens [T], in nats per token: the divergence and a constant."""
     with torch.no_grad():
         wanted = model(tokens[None], use_cache=False).logits[0].float().softmax(-1)
-    with tapped(model, tap, reading):
+    with tapped(model, tap):
         said = model(tokens[None], use_cache=False).logits[0].float()
     return cross_entropy(said, wanted)
 

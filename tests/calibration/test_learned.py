@@ -1,7 +1,6 @@
 """Codecs that are trained: on stored samples, and on what a model says."""
 
 import json
-import re
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -10,20 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration import pipeline
-from calibration.attention import Reading
 from calibration.evaluate import compressing_tap, evaluate
 from calibration.fit import FITS, FittedCodec
 from calibration.fit import finetune as training
 from calibration.fit.coder import KindCoder
 from calibration.fit.errors import head_errors
-from calibration.fit.finetune import Schedule, finetune, task_loss
-from calibration.fit.marginal import corrected, marginal_cost
+from calibration.fit.finetune import Schedule, finetune
 from calibration.fit.trainable import TrainableCodec
-from calibration.models import load_model
 from calibration.pipeline import calibrate, make
 from calibration.planners.budget import plan_budget
-from calibration.planners.uniform import plan_uniform
 from calibration.recipe import CalibrationConfig
 from calibration.statistics import KindStatistics, Statistics
 from calibration.study import Study, study
@@ -229,67 +223,6 @@ def divergence(measured: Study, codec: FittedCodec) -> float:
     return evaluate(measured.model, tap, measured.held_out.quality).divergence
 
 
-class TestMarginalCost:
-    @pytest.mark.parametrize("recent", [0, 8])
-    def test_is_what_the_divergence_changes_by(self, model, measured, start, recent):
-        in_float, _ = load_model(str(model), torch.float32)
-        windows, reading = measured.held_out.quality[:1], Reading(recent)
-        codec = TrainableCodec(start, measured.layers, measured.rotary)
-        cost = marginal_cost(in_float, start, measured.layers, measured.rotary, windows, reading, lambda: None)
-        errors: dict[int, list[Tensor]] = {}
-
-        @torch.no_grad()
-        def remember(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            stored = codec(layer, key, value)
-            errors[layer] = [read - exact for read, exact in zip(stored, (key, value), strict=True)]
-            return stored
-
-        evaluate(in_float, remember, windows, reading=reading)
-
-        def divergence(scale: float, kind: int, head: int) -> float:
-            """With the errors of one head's keys or values times `scale`, and all others as they were."""
-
-            def tap(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-                of_key, of_value = (error.clone() for error in errors[layer])
-                if layer == 1:
-                    (of_key, of_value)[kind][:, head] *= scale
-                return key + of_key, value + of_value
-
-            with torch.no_grad():
-                return float(task_loss(in_float, tap, windows[0], reading))
-
-        for kind, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            slope = (divergence(1.1, kind, head) - divergence(0.9, kind, head)) / 0.2
-            assert float(cost[kind, 1, head].sum()) == pytest.approx(slope, rel=0.01, abs=1e-5)
-
-    @pytest.mark.parametrize("place", [(0, slice(None), slice(None), 0), (1, 2, 0, slice(None))], ids=["rank", "head"])
-    def test_corrects_heads_and_ranks_to_what_was_measured(self, place):
-        generator = torch.Generator().manual_seed(0)
-        distortion = (0.2 + torch.rand(2, 3, 2, 4, 9, generator=generator)).sort(descending=True).values
-        widths = torch.randint(9, (2, 3, 2, 4), generator=generator)
-        cost = distortion.gather(-1, widths[..., None])[..., 0].double() * 3
-        cost[place] *= 2
-        scaled = corrected(distortion, widths, cost)
-        assert float(scaled.gather(-1, widths[..., None]).sum()) == pytest.approx(float(cost.sum()), rel=0.02)
-        ratio = (scaled / distortion)[..., 0]
-        torch.testing.assert_close(scaled, distortion * ratio[..., None])
-        others = torch.ones_like(ratio, dtype=torch.bool)
-        others[place] = False
-        # The prior, and what is alike with the costly place in one respect only, blur it a little.
-        assert (ratio[others] / 3 - 1).abs().max() < 0.35
-        assert (ratio[place] / 6 - 1).abs().max() < 0.2
-
-    def test_what_costs_nothing_keeps_a_little(self):
-        distortion = torch.ones(2, 1, 2, 2, 9)
-        widths = torch.full((2, 1, 2, 2), 3)
-        cost = torch.ones(2, 1, 2, 2)
-        cost[0, 0, 0] = -1
-        scaled = corrected(distortion, widths, cost)
-        assert (scaled > 0).all()
-        assert scaled[0, 0, 0, 0, 0] < 0.3 * scaled[0, 0, 1, 0, 0]
-        assert (corrected(torch.zeros_like(distortion), widths, torch.zeros_like(cost)) == 0).all()
-
-
 class TestErrors:
     def test_are_those_of_reading_back(self, measured, start):
         errors = head_errors(measured.artifact_of(start), measured.statistics)
@@ -334,22 +267,6 @@ def test_calibrate_trains_and_says_so(model, recipe, tmp_path):
     assert header.split(",")[:4] == ["layer", "head", "kind", "bits"]
     assert len(rows) == 2 * 3 * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.csv", "out"]
-
-
-def test_bits_go_where_errors_were_measured_to_cost(model, recipe, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "choose", lambda measured: plan_uniform(measured.fit.distortion, 288))
-    made = make(str(model), recipe.model_copy(update={"steps": 1}))
-    said = re.search(r"([\d.]+) -> ([\d.]+) nats a token by planning again", " ".join(capsys.readouterr().err.split()))
-    assert said
-    assert float(said[2]) < 0.9 * float(said[1])
-    assert made.bytes_per_token == 288
-    assert {width for layer in made.manifest.layers for head in layer.key for width in head} != {3}
-
-
-def test_a_plan_that_asks_for_no_budget_is_kept(model, recipe, capsys):
-    made = make(str(model), recipe.model_copy(update={"planner": "uniform", "steps": 1}))
-    assert "planning again" not in " ".join(capsys.readouterr().err.split())
-    assert {width for layer in made.manifest.layers for head in layer.key for width in head} == {2}
 
 
 def test_an_artifact_names_the_algorithms_of_its_plan(model, recipe, tmp_path):

@@ -75,7 +75,7 @@ Finetune = Annotated[
     Optional[bool],
     typer.Option(
         "--finetune",
-        help="Then plan again by measured costs, and train until the model says what it says uncompressed: minutes.",
+        help="Then train until the model says what it says uncompressed: minutes.",
     ),
 ]
 Steps = Annotated[Optional[int], typer.Option(help="Of --finetune.  [default: 300]")]
