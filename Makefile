@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VARIANT ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 STAMP := $(VENV)/.installed-$(VARIANT)
 PORT ?= 8000
-WORKERS := --numprocesses auto --maxprocesses 8 --dist loadscope
+WORKERS := --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 # Tests look at reports in it: Chromium with its libraries, from the npm registry, by the npm that requirements bring along.
 BROWSER := $(VENV)/browser/chromium
 

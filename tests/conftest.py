@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,8 +57,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[dict[s
     with ExitStack() as stack:
 
         def begin(commands: dict[str, list[str]]) -> dict[str, Server]:
-            logs = [folder / f"{name}.log" for name in commands]
-            servers = [running(*pair, ENVIRONMENT) for pair in zip(commands.values(), logs, strict=True)]
+            # One core each, which is what vLLM chooses on two, but it chooses the same for all.
+            cores = cycle(sorted(os.sched_getaffinity(0)))
+            servers = [
+                running(command, folder / f"{name}.log", ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": str(core)})
+                for (name, command), core in zip(commands.items(), cores, strict=False)
+            ]
             with ThreadPoolExecutor(len(commands)) as pool:
                 return dict(zip(commands, pool.map(stack.enter_context, servers), strict=True))
 
