@@ -82,7 +82,7 @@ setup(
         "transformers",
         "safetensors",
         "pydantic>=2",
-        "typer",
+        "typer>=0.19",
         "rich",
         "datasets",
         "huggingface_hub",

@@ -2,14 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from calibration.names import FitName
 from vllm_kvsplice.layout import TOKEN_ALIGNMENT
 
-FitName = Literal["pca", "pca_spline", "pca_uniform", "kvsplice", "kvsplice_spline", "kvsplice_uniform"]
 # What a float can still be raised to.
 _LARGEST_EXPONENT = 700.0
 

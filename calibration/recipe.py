@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from calibration.plan import FitName
+from calibration.names import FitName
 from calibration.planners import PlannerSettings
 from vllm_kvsplice.engines import MAX_WINDOW
 from vllm_kvsplice.errors import KVSpliceError

@@ -12,7 +12,8 @@ from calibration.fit.codebooks import lloyd_max, rounded, uniform_levels
 from calibration.fit.coder import FittedCodec, choose
 from calibration.fit.reconstruction import Learned
 from calibration.fit.splines import spline_levels
-from calibration.plan import FitName, Plan
+from calibration.names import FitName
+from calibration.plan import Plan
 from calibration.statistics import Statistics
 
 

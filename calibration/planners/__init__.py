@@ -7,12 +7,12 @@ treats all heads alike, `manual` does as it is told. docs/planning.md compares t
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from calibration.fim.runs import read_runs
+from calibration.names import PlannerName
 from calibration.plan import Plan
 from calibration.planners.budget import plan_by_fisher
 from calibration.planners.files import is_plan_file, load_plan_file, read_plan
@@ -34,7 +34,7 @@ class PlannerSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    planner: Literal["budget", "tiers", "uniform", "manual"] = "budget"
+    planner: PlannerName = "budget"
     plan: Path | None = None
     fim: Path | None = None
     tiers: TierRule = TierRule()

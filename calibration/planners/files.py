@@ -9,7 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from calibration.plan import FitName, Plan, left_by
+from calibration.names import FitName
+from calibration.plan import Plan, left_by
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH
 

@@ -10,7 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from calibration.plan import FitName, Plan, left_by, spread
+from calibration.names import FitName
+from calibration.plan import Plan, left_by, spread
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH
 

@@ -1,12 +1,12 @@
 """Arguments and options that several commands have."""
 
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from calibration.names import FitName, PlannerName
 from vllm_kvsplice.errors import KVSpliceError
 
 
@@ -28,26 +28,6 @@ def output(path: Path | None) -> Path | None:
     return path
 
 
-class Fit(StrEnum):
-    """Fitting algorithms (`calibration.fit`)."""
-
-    pca = "pca"
-    pca_spline = "pca_spline"
-    pca_uniform = "pca_uniform"
-    kvsplice = "kvsplice"
-    kvsplice_spline = "kvsplice_spline"
-    kvsplice_uniform = "kvsplice_uniform"
-
-
-class Planner(StrEnum):
-    """Who decides on bits (`calibration.planners`)."""
-
-    budget = "budget"
-    tiers = "tiers"
-    uniform = "uniform"
-    manual = "manual"
-
-
 Model = Annotated[str, typer.Argument(help="Model directory, or name on the Hugging Face Hub.", metavar="MODEL")]
 ArtifactDir = Annotated[str, typer.Argument(help="Artifact directory, or name on the Hub.", metavar="ARTIFACT")]
 
@@ -65,11 +45,11 @@ MaxIncrease = Annotated[
     ),
 ]
 Plans = Annotated[
-    Optional[Planner],
+    Optional[PlannerName],
     typer.Option(help="Who decides on bits.  [default: budget; manual with --plan]", show_default=False),
 ]
 Fits = Annotated[
-    Optional[Fit], typer.Option(help="How transforms and codebooks are fitted.  [default: pca]", show_default=False)
+    Optional[FitName], typer.Option(help="How transforms and codebooks are fitted.  [default: pca]", show_default=False)
 ]
 Finetune = Annotated[
     Optional[bool],

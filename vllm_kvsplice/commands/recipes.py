@@ -50,7 +50,7 @@ def calibrate(
     from vllm_kvsplice.artifact import check_target
 
     sizes = {"bits": bits, "budget": budget, "max_ppl_increase": max_ppl_increase}
-    training = {"fit": fit and fit.value, "finetune": finetune, "steps": steps}
+    training = {"fit": fit, "finetune": finetune, "steps": steps}
     measuring = {"text": text, "tokens": tokens, "context": context, "seed": seed, "recent": recent}
     recipe = _recipe(config, planner, plan, fim, **measuring, **sizes, **training)
     check_target(out)
@@ -101,9 +101,8 @@ def plan(
 
 
 def _recipe(
-    config: Path | None, planner: options.Planner | None, plan: Path | None, fim: Path | None, **settings: Any
+    config: Path | None, planner: options.PlannerName | None, plan: Path | None, fim: Path | None, **settings: Any
 ) -> "CalibrationConfig":
     from calibration.recipe import read_config
 
-    chosen = options.Planner.manual if plan and not planner else planner
-    return read_config(config, planner=chosen and chosen.value, plan=plan, fim=fim, **settings)
+    return read_config(config, planner=planner or ("manual" if plan else None), plan=plan, fim=fim, **settings)

@@ -1,0 +1,8 @@
+"""Names that recipes, plans and the command line know, apart from all that loads torch: `--help` is quick."""
+
+from typing import Literal
+
+# Fitting algorithms: each has a line in `calibration.fit.FITS`.
+FitName = Literal["pca", "pca_spline", "pca_uniform", "kvsplice", "kvsplice_spline", "kvsplice_uniform"]
+# Who decides on bits: each has a place in `calibration.planners.make_plan`.
+PlannerName = Literal["budget", "tiers", "uniform", "manual"]
