@@ -104,7 +104,7 @@ class Study:
     @property
     def dense_bytes(self) -> int:
         """Of a token in the layers that are not compressed, in 16 bits."""
-        return self.dense_layers * 4 * self.shape.num_kv_heads * self.shape.head_dim
+        return self.dense_layers * self.shape.dense_layer_bytes
 
     @cached_property
     def fit(self) -> FitByHead:

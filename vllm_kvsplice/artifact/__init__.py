@@ -6,7 +6,6 @@ Nothing in an artifact is ever executed, and nothing is believed before it is ch
 """
 
 from vllm_kvsplice.artifact.contents import (
-    BASELINE_BITS,
     TENSORS,
     Artifact,
     expected_tensors,
@@ -17,7 +16,16 @@ from vllm_kvsplice.artifact.contents import (
     unpack_levels,
 )
 from vllm_kvsplice.artifact.files import CARD, check_target, load_artifact, save_artifact
-from vllm_kvsplice.artifact.manifest import MANIFEST, LayerPlan, Manifest, ModelShape, Provenance, Quality, RotaryShape
+from vllm_kvsplice.artifact.manifest import (
+    BASELINE_BITS,
+    MANIFEST,
+    LayerPlan,
+    Manifest,
+    ModelShape,
+    Provenance,
+    Quality,
+    RotaryShape,
+)
 
 __all__ = [
     "BASELINE_BITS",

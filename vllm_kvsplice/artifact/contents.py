@@ -13,14 +13,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vllm_kvsplice.artifact.manifest import MANIFEST, Manifest, ModelShape, Quality, parse_manifest
+from vllm_kvsplice.artifact.manifest import BASELINE_BITS, MANIFEST, Manifest, ModelShape, Quality, parse_manifest
 from vllm_kvsplice.codec import HIGHEST_LEVEL, LEVELS, LOWEST_LEVEL, KindCodec, LayerCodec
 from vllm_kvsplice.errors import ArtifactError
 from vllm_kvsplice.rotary import Rotary
 
 TENSORS = "kvsplice.safetensors"
 HEADER_LIMIT = 1 << 20
-BASELINE_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,13 @@ class Artifact:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token in every layer; dense layers count as 16 bits."""
-        dense = self.baseline_bytes_per_token // self.manifest.model.num_layers
+        dense = self.manifest.model.dense_layer_bytes
         return sum(layer.layout.token_bytes if layer else dense for layer in self.manifest.layers)
 
     @property
     def baseline_bytes_per_token(self) -> int:
         """The same for an uncompressed 16-bit cache."""
-        shape = self.manifest.model
-        return shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * BASELINE_BITS // 8
+        return self.manifest.model.num_layers * self.manifest.model.dense_layer_bytes
 
     @property
     def covers_all_layers(self) -> bool:
@@ -60,7 +58,7 @@ class Artifact:
     def bits_where_compressed(self) -> float:
         """The same over the compressed layers alone, which is what a plan's bits are of."""
         layers = [layer for layer in self.manifest.layers if layer]
-        baseline = self.baseline_bytes_per_token * len(layers) / self.manifest.model.num_layers
+        baseline = len(layers) * self.manifest.model.dense_layer_bytes
         return BASELINE_BITS * sum(layer.layout.token_bytes for layer in layers) / baseline
 
     def with_quality(self, quality: Quality) -> "Artifact":

@@ -11,6 +11,8 @@ from vllm_kvsplice.layout import GROUP, MAX_WIDTH, LayerLayout
 
 MANIFEST = "kvsplice.json"
 VERSION = 1
+# Of an element of a cache that is not compressed.
+BASELINE_BITS = 16
 
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 Index = Annotated[int, Field(ge=0, lt=1 << 20)]
@@ -52,6 +54,11 @@ class ModelShape(_Strict):
             vocab_size=config.vocab_size,
             rope=json.dumps(rope, sort_keys=True, default=str),
         )
+
+    @property
+    def dense_layer_bytes(self) -> int:
+        """Bytes of a token in a layer that is not compressed."""
+        return 2 * self.num_kv_heads * self.head_dim * BASELINE_BITS // 8
 
 
 class RotaryShape(_Strict):
