@@ -23,10 +23,6 @@ from calibration.study import Study, study
 from vllm_kvsplice.artifact import Artifact, Quality, save_artifact
 from vllm_kvsplice.errors import KVSpliceError
 
-# One window in so many of the text to finetune on judges instead, beside text held out: few windows hardly tell two codecs
-# of 4 bits apart.
-JUDGE_EVERY = 12
-
 
 def choose(measured: Study) -> Plan:
     """The plan that the recipe asks for; dense layers have no part in it, except that a byte budget pays for them first."""
@@ -115,10 +111,7 @@ def make(
     with console.status("Fitting the codec of the plan"):
         fitted = measured.fit.codec(chosen)
     if config.finetune:
-        windows = measured.text_to_finetune_on()
-        judging = torch.arange(len(windows)) % JUDGE_EVERY == 0
-        training, held_out = windows[~judging], torch.cat((measured.held_out.finetune, windows[judging]))
-        fitted = _finetune(measured, fitted, training, held_out, checkpoint)
+        fitted = _finetune(measured, fitted, checkpoint)
     artifact = measured.artifact_of(fitted)
     _report_errors(measured, artifact, fitted.plan, errors_file)
     return artifact.with_quality(_judge(source, artifact, measured.held_out.quality))
@@ -137,10 +130,9 @@ def _report_errors(measured: Study, artifact: Artifact, chosen: Plan, file: Path
         before.merge(after, on=names, suffixes=("_before", "_after")).to_csv(file, index=False)
 
 
-def _finetune(
-    measured: Study, fitted: FittedCodec, windows: Tensor, held_out: Tensor, checkpoint: Path | None
-) -> FittedCodec:
+def _finetune(measured: Study, fitted: FittedCodec, checkpoint: Path | None) -> FittedCodec:
     config = measured.config
+    windows, held_out = measured.texts_to_finetune_on()
     schedule = Schedule(config.training_steps, seed=config.seed, recent=config.recent)
     with steps("Finetuning on what the model says", schedule.steps) as progress:
         result = finetune(
