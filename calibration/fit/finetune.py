@@ -30,7 +30,7 @@ TOKENS = 512
 _WARM_UP = 10
 _BETAS = (0.9, 0.99)
 # How often training is judged on held-out text and kept in its checkpoint, and after how many judgements in vain it ends.
-_CHECKS, _PATIENCE = 6, 5
+_CHECKS, _PATIENCE = 4, 3
 
 
 @dataclass(frozen=True)
