@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibration.names import FitName
 from vllm_kvsplice.layout import TOKEN_ALIGNMENT
+from vllm_kvsplice.names import FitName
 
 # What a float can still be raised to.
 _LARGEST_EXPONENT = 700.0

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from calibration.names import FitName
 from calibration.planners import PlannerSettings
 from vllm_kvsplice.engines import MAX_WINDOW
 from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.names import FitName
 
 DEFAULT_BITS = 4.0
 DEFAULT_STEPS = 300

@@ -12,9 +12,9 @@ from calibration.fit.codebooks import lloyd_max, rounded, uniform_levels
 from calibration.fit.coder import FittedCodec, choose
 from calibration.fit.reconstruction import Learned
 from calibration.fit.splines import spline_levels
-from calibration.names import FitName
 from calibration.plan import Plan
 from calibration.statistics import Statistics
+from vllm_kvsplice.names import FitName
 
 
 class Fit(Protocol):

@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from calibration.fim.runs import read_runs
-from calibration.names import PlannerName
 from calibration.plan import Plan
 from calibration.planners.budget import plan_by_fisher
 from calibration.planners.files import is_plan_file, load_plan_file, read_plan
 from calibration.planners.manual import plan_manual, read_manual
 from calibration.planners.tiers import Metrics, TierRule, plan_tiers
 from calibration.planners.uniform import plan_uniform
+from vllm_kvsplice.names import PlannerName
 
 
 class PlannerSettings(BaseModel):

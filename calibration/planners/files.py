@@ -9,10 +9,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from calibration.names import FitName
 from calibration.plan import Plan, left_by
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH
+from vllm_kvsplice.names import FitName
 
 Widths = tuple[Annotated[int, Field(ge=0, le=MAX_WIDTH)], ...]
 

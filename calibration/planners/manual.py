@@ -10,10 +10,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from calibration.names import FitName
 from calibration.plan import Plan, left_by, spread
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.layout import GROUP, MAX_WIDTH
+from vllm_kvsplice.names import FitName
 
 # Of heads that say nothing and where nothing is said for all.
 DEFAULT_BITS = 4

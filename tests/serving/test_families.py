@@ -54,7 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def servers(start: Callable[[dict[str, list[str]]], dict[str, Server]], models: dict[str, Path]) -> dict[str, Server]:
+def servers(start: Callable[..., dict[str, Server]], models: dict[str, Path]) -> dict[str, Server]:
     commands = {family: kvsplice_command("serve", models[family], *options) for family, options in CASES.items()}
     for family, options in CASES.items():
         if "--tensor-parallel-size" in options:

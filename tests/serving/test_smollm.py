@@ -47,9 +47,7 @@ def prompts(smollm: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def servers(
-    start: Callable[[dict[str, list[str]]], dict[str, Server]], smollm: Path, smollm_artifact: Path
-) -> dict[str, Server]:
+def servers(start: Callable[..., dict[str, Server]], smollm: Path, smollm_artifact: Path) -> dict[str, Server]:
     # The plain way, without `kvsplice serve`.
     section = json.dumps({"kvsplice": {"artifact": str(smollm_artifact)}})
     return start(

@@ -6,8 +6,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from calibration.names import FitName, PlannerName
 from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.names import FitName, PlannerName
 
 
 def output_file(path: Path | None) -> Path | None:

@@ -1,4 +1,4 @@
-"""Names that recipes, plans and the command line know, apart from all that loads torch: `--help` is quick."""
+"""Names of calibration's choices, apart from all that loads torch: the command line knows them without waiting for it."""
 
 from typing import Literal
 
