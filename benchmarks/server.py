@@ -16,7 +16,7 @@ from pathlib import Path
 
 # vLLM's block size on CPU, and ours without a window.
 STOCK_BLOCK = 128
-START_SECONDS = 300
+START_SECONDS = 500
 STOP_SECONDS = 30
 
 

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "TRITON_INTERPRET": "0"}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with servers first: they take longest, and what several processes end with should be short."""
+    long = {item.path for item in items if item.get_closest_marker("server")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session")
 def smollm() -> Path:
     """Directory of the real SmolLM2-135M-Instruct."""

@@ -37,6 +37,7 @@ class Settings:
         artifacts: directories of artifacts that are judged as well.
         windows, context, recent: windows of text, their tokens as of `window_length`, and W of the exact window.
         statistics: measurements are kept here, as in `calibration.study.study`.
+        only: judge only methods with this in their name.
 
     """
 
@@ -48,6 +49,7 @@ class Settings:
     context: int | None = None
     recent: int = 0
     statistics: Path | None = None
+    only: str = ""
 
 
 def run(settings: Settings) -> Iterator[Row]:
@@ -61,11 +63,11 @@ def run(settings: Settings) -> Iterator[Row]:
     if fit and fit.text not in NAMED and Path(fit.text).resolve() == Path(settings.text).resolve():
         raise KVSpliceError(f"{settings.text} is text to fit on and to judge on; give --fit-text another one")
     content = read_text(settings.text)
-    names = [path.name for path in settings.artifacts]
+    folders = [path.name for path in settings.artifacts]
     # `kvsplice` in every model's directory.
     given = [
         (
-            path.name if names.count(path.name) == 1 else f"{path.absolute().parent.name}/{path.name}",
+            path.name if folders.count(path.name) == 1 else f"{path.absolute().parent.name}/{path.name}",
             load_artifact(path),
         )
         for path in settings.artifacts
@@ -76,6 +78,10 @@ def run(settings: Settings) -> Iterator[Row]:
         artifact.check_model(model.config)
     methods = [*PEERS, *(_fitted(settings, fit, model) if fit else ())]
     methods += [_ours(name, artifact, model, ARTIFACTS) for name, artifact in given]
+    names = [method.name for method in methods]
+    methods = [method for method in methods if settings.only in method.name]
+    if not methods:
+        raise KVSpliceError(f"no method has {settings.only!r} in its name; there are: {', '.join(names)}")
     with steps(f"Judging {len(methods)} methods", (1 + len(methods)) * len(windows)) as progress:
         yield from compare(model, methods, windows, settings.recent, progress)
 

@@ -76,6 +76,15 @@ def test_artifacts_are_judged_without_a_fit(folder: Path) -> None:
     assert not (folder / "only.png").exists()
 
 
+def test_only_methods_that_were_asked_for_are_judged(folder: Path) -> None:
+    texts = ("--text", folder / "judge.txt", "--fit-text", folder / "fit.txt", "--tokens", 1024)
+    run("compare", folder / "model", *texts, *SMALL, "--only", "KVSplice 2", "--json", folder / "few.json")
+    names = {row["method"] for row in json.loads((folder / "few.json").read_text())}
+    assert names == {"KVSplice 2 bits", "KVSplice 2.5 bits"}
+    with pytest.raises(KVSpliceError, match=r"no method has 'KIVA' in its name; there are: bfloat16, .*KIVI-4"):
+        run("compare", folder / "model", *texts, *SMALL, "--only", "KIVA")
+
+
 def test_an_artifact_of_another_model_is_refused(folder: Path) -> None:
     other = tiny_model("llama", folder / "other", num_hidden_layers=2)
     options = ("--text", folder / "fit.txt", "--tokens", 1024, "--context", 64)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.huggingface.conftest import Tiny
+from tests.serving.inside import answers, vllm_inside
 from vllm_kvsplice.huggingface import KVSpliceCache
 
 pytestmark = pytest.mark.server
@@ -23,26 +24,11 @@ def prompts(llama: Tiny) -> list[list[int]]:
 
 
 @pytest.fixture
-def served(llama: Tiny, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def served(llama: Tiny, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy answers of vLLM in this process."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    from vllm import LLM, SamplingParams
-
-    engine = LLM(
-        str(llama.directory),
-        dtype="float32",
-        max_model_len=256,
-        enforce_eager=True,
-        attention_backend="CUSTOM",
-        additional_config={"kvsplice": {"engine": "reference", "recent_window": WINDOW}},
-    )
-    try:
-        greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-        replies = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
-        return [list(reply.outputs[0].token_ids) for reply in replies]
-    finally:
-        engine.llm_engine.engine_core.shutdown()
+    section = {"engine": "reference", "recent_window": WINDOW}
+    with vllm_inside(llama.directory, max_model_len=256, additional_config={"kvsplice": section}) as engine:
+        return [answer.tokens for answer in answers(engine, prompts, max_tokens=TOKENS)]
 
 
 def generated(llama: Tiny, prompt: list[int]) -> tuple[list[int], Tensor]:

@@ -11,6 +11,7 @@ import pytest
 from calibration.pipeline import calibrate
 from calibration.recipe import CalibrationConfig
 from tests.models import TEXT, tiny_model, tiny_tokenizer
+from tests.serving.inside import answers, vllm_inside
 from tests.serving.requests import Answer, largest_difference
 from vllm_kvsplice.engines import ENGINES
 from vllm_kvsplice.engines.cpu import CpuEngine, instruction_sets
@@ -40,45 +41,25 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         CalibrationConfig(bits=3, text=str(folder / "text.txt"), tokens=2048, context=128),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         for isa in EXACT:
             patch.setitem(ENGINES, "cpu", CpuEngine(isa))
-        from vllm import LLM
-
-        llm = LLM(
-            str(model),
-            dtype="float32",
+        with vllm_inside(
+            model,
             max_model_len=LONGEST,
             max_num_batched_tokens=LONGEST,
             max_num_seqs=16,
             block_size=BLOCK,
-            enforce_eager=True,
-            attention_backend="CUSTOM",
             additional_config={"kvsplice": {"recent_window": WINDOW}},
-        )
-        yield llm
-        llm.llm_engine.engine_core.shutdown()
+        ) as engine:
+            yield engine
 
 
 def ask(
     engine: Any, prompts: list[list[int]], salt: str, chunk: int = LONGEST, prompt_logprobs: bool = True
 ) -> list[Answer]:
-    """Greedy answers of 8 tokens with at most `chunk` tokens in a step."""
-    from vllm import SamplingParams
-
+    """Greedy answers with at most `chunk` tokens in a step."""
     engine.llm_engine.engine_core.engine_core.scheduler.max_num_scheduled_tokens = chunk
-    sampling = SamplingParams(
-        temperature=0, max_tokens=8, logprobs=2, prompt_logprobs=0 if prompt_logprobs else None, ignore_eos=True
-    )
-    requests = [{"prompt_token_ids": prompt, "cache_salt": f"{salt}-{i}"} for i, prompt in enumerate(prompts)]
-    answers = []
-    for reply in engine.generate(requests, sampling, use_tqdm=False):
-        output = reply.outputs[0]
-        best = [{token: entry.logprob for token, entry in step.items()} for step in output.logprobs]
-        given = [next(iter(step.values())).logprob for step in (reply.prompt_logprobs or [])[1:]]
-        answers.append(Answer(list(output.token_ids), best, given, reply.num_cached_tokens))
-    return answers
+    return answers(engine, prompts, prompt_logprobs=prompt_logprobs, salt=salt)
 
 
 @pytest.fixture(scope="module")

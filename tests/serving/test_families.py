@@ -11,27 +11,27 @@ from calibration.models import load_model
 from calibration.pipeline import calibrate
 from calibration.recipe import CalibrationConfig
 from tests.models import TEXT, tiny_model, tiny_tokenizer
-from tests.serving.requests import ask, ask_all, hf_prompt_logprobs, largest_difference
+from tests.serving.inside import answers, vllm_inside
+from tests.serving.requests import Answer, ask, ask_all, hf_prompt_logprobs, largest_difference
 from vllm_kvsplice.artifact import load_artifact
 from vllm_kvsplice.engines import DEFAULT_WINDOW
 
 pytestmark = pytest.mark.server
 
-COMMON = ("--dtype", "float32", "--max-model-len", "384")
-EAGER = (*COMMON, "--enforce-eager")
-# Family -> options: what differs from the plain case is that case's name.
-CASES = {
+LENGTH = 384
+COMMON = ("--dtype", "float32", "--max-model-len", str(LENGTH))
+# Family -> options of its server.
+SERVED = {
     "llama": (*COMMON, "--block-size", "16"),
-    "gpt2": EAGER,
-    "glm4": EAGER,
-    # So few blocks that each is soon used by layers of both kinds.
-    "gemma3": (*EAGER, "--num-gpu-blocks-override", "96"),
-    "smollm3": (*EAGER, "--tensor-parallel-size", "2"),
+    "smollm3": (*COMMON, "--enforce-eager", "--tensor-parallel-size", "2"),
 }
-NAMES = {
-    "llama": "llama, compiled",
-    "gemma3": "gemma3, sliding layers stock",
-    "smollm3": "smollm3, a layer without rotation, two ranks",
+SERVED_NAMES = {"llama": "llama, compiled", "smollm3": "smollm3, a layer without rotation, two ranks"}
+# Family -> options of vLLM in this process, because HTTP is the same for all.
+INSIDE: dict[str, dict[str, int]] = {
+    "gpt2": {},
+    "glm4": {},
+    # So few blocks that each is soon used by layers of both kinds.
+    "gemma3": {"num_gpu_blocks_override": 96},
 }
 
 
@@ -47,7 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     text = folder / "text.txt"
     text.write_text(TEXT)
-    made = {family: tiny_model(family, folder / family) for family in CASES}
+    made = {family: tiny_model(family, folder / family) for family in (*SERVED, *INSIDE)}
     for model in made.values():
         calibrate(str(model), model / "kvsplice", CalibrationConfig(bits=4, text=str(text), tokens=2048, context=128))
     return made
@@ -55,33 +55,46 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def servers(start: Callable[..., dict[str, Server]], models: dict[str, Path]) -> dict[str, Server]:
-    commands = {family: kvsplice_command("serve", models[family], *options) for family, options in CASES.items()}
-    for family, options in CASES.items():
-        if "--tensor-parallel-size" in options:
-            # One core for each of two ranks; without it vLLM wants a NUMA node for each.
-            commands[family] = ["env", "VLLM_CPU_OMP_THREADS_BIND=0|1", *commands[family]]
+    commands = {family: kvsplice_command("serve", models[family], *options) for family, options in SERVED.items()}
+    # One core for each of two ranks; without it vLLM wants a NUMA node for each.
+    commands["smollm3"] = ["env", "VLLM_CPU_OMP_THREADS_BIND=0|1", *commands["smollm3"]]
     return start(commands)
 
 
-@pytest.mark.parametrize("family", CASES, ids=lambda family: NAMES.get(family, family))
+@pytest.mark.parametrize("family", SERVED, ids=SERVED_NAMES.get)
 def test_server_computes_what_the_hugging_face_path_does(
     family: str, servers: dict[str, Server], models: dict[str, Path], prompts: list[list[int]]
 ) -> None:
-    server, path = servers[family], models[family]
+    server = servers[family]
     assert "KVSplice is in use" in server.log.read_text()
-    model, _ = load_model(str(path), torch.float32)
-    artifact = load_artifact(path / "kvsplice")
+    check(models[family], prompts, [ask(server, prompt) for prompt in prompts], ask_all(server, prompts))
+
+
+@pytest.mark.parametrize("family", INSIDE)
+def test_vllm_computes_what_the_hugging_face_path_does(
+    family: str, models: dict[str, Path], prompts: list[list[int]]
+) -> None:
+    with vllm_inside(models[family], max_model_len=LENGTH, **INSIDE[family]) as engine:
+        assert "digest" in engine.llm_engine.vllm_config.additional_config["kvsplice"]
+        alone = [answers(engine, [prompt], 16, salt=f"{i}")[0] for i, prompt in enumerate(prompts)]
+        check(models[family], prompts, alone, answers(engine, prompts, 16, salt="batch"))
+
+
+def check(directory: Path, prompts: list[list[int]], alone: list[Answer], batched: list[Answer]) -> None:
+    """Answers agree with the Hugging Face path's, which no uncompressed server's do, and with each other."""
+    model, _ = load_model(str(directory), torch.float32)
+    artifact = load_artifact(directory / "kvsplice")
     # Beside sliding layers there is no exact window.
     window = DEFAULT_WINDOW if artifact.covers_all_layers else 0
-    for prompt in prompts:
+    for prompt, answer in zip(prompts, alone, strict=True):
         uncompressed = torch.tensor(hf_prompt_logprobs(model, prompt, None))
         expected = torch.tensor(hf_prompt_logprobs(model, prompt, artifact, window))
-        served = torch.tensor(ask(server, prompt, max_tokens=1).prompt_logprobs)
+        served = torch.tensor(answer.prompt_logprobs)
         # The median, because a code that flips between two implementations moves a few log-probabilities by more.
         assert (served - expected).abs().median() < 0.01
         # What fits the window is not compressed for any of its own queries.
         if len(prompt) > 2 * DEFAULT_WINDOW:
             assert (served - expected).abs().mean() < (served - uncompressed).abs().mean() / 2
-    for one, other in zip([ask(server, p) for p in prompts], ask_all(server, prompts), strict=True):
+    for one, other in zip(alone, batched, strict=True):
         # What is left of path independence in a batch (docs/codec.md), on models whose logits spread widely.
         assert largest_difference(one, other) < 0.5

@@ -24,6 +24,7 @@ def compare(
     artifact: Annotated[
         Optional[list[str]], typer.Option(help="Judge this artifact as well; may be given several times.")
     ] = None,
+    only: Annotated[str, typer.Option(help="Judge only methods with this in their name, such as KIVI.")] = "",
     windows: Annotated[int, typer.Option(help="Windows, spread evenly over the text.", min=1)] = 12,
     context: options.Context = None,
     recent: Annotated[int, typer.Option(help="Exact window of every method that has none of its own.", min=0)] = 0,
@@ -64,7 +65,7 @@ def compare(
     artifacts = [locate_artifact(given, model) for given in artifact or ()]
     fit = None if artifact and not fit_text else read_config(None, text=fit_text, tokens=tokens)
     rows: list[Row] = []
-    for row in run(Settings(model, text, fit, artifacts, windows, context, recent, statistics)):
+    for row in run(Settings(model, text, fit, artifacts, windows, context, recent, statistics, only)):
         rows.append(row)
         save_rows(rows, json_file, csv_file)
     _print(rows)
