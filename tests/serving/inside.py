@@ -28,7 +28,7 @@ def vllm_inside(model: Path, **options: Any) -> Iterator[Any]:
 def answers(
     engine: Any, prompts: Sequence[list[int]], max_tokens: int = 8, prompt_logprobs: bool = True, salt: str = ""
 ) -> list[Answer]:
-    """Greedy answers to all prompts at once; each has its prefix cache of its own, by `salt` and its place."""
+    """Greedy answers to all prompts at once; each has a prefix cache of its own, by `salt` and its place."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(
