@@ -75,7 +75,8 @@ def test_vllm_computes_what_the_hugging_face_path_does(
     family: str, models: dict[str, Path], prompts: list[list[int]]
 ) -> None:
     with vllm_inside(models[family], max_model_len=LENGTH, **INSIDE[family]) as engine:
-        assert "digest" in engine.llm_engine.vllm_config.additional_config["kvsplice"]
+        section = engine.llm_engine.vllm_config.additional_config["kvsplice"]
+        assert section["digest"] == load_artifact(models[family] / "kvsplice").digest
         alone = [answers(engine, [prompt], 16, salt=f"{i}")[0] for i, prompt in enumerate(prompts)]
         check(models[family], prompts, alone, answers(engine, prompts, 16, salt="batch"))
 
