@@ -1,12 +1,13 @@
 """Decode attention of the GPU engine on this machine's GPU, beside dense attention; needs nothing but torch and Triton.
 
-    python -m benchmarks.gpu [--only '32/8x128 16x32768'] [--minutes 9]
+    python -m benchmarks.gpu [--only '32/8x128 16x32768'] [--minutes 9] [--prompts]
 
 First the kernels are checked against the reference engine; a wrong answer ends the program. Then, per shape, batch, context
 and bits: microseconds of one layer's decode step in a CUDA graph, compressed bytes per second and their share of a measured
 copy, the same step by `scaled_dot_product_attention` in bfloat16 and by a dense Triton kernel of the same structure over
 8-bit floats, and the microseconds of encoding the step's tokens. Several layers are read in turn, so that none is found in
-the L2 cache. Rows are appended to benchmarks/results/gpu.csv; ratios above 1 mean that ours is faster.
+the L2 cache. Rows are appended to benchmarks/results/gpu.csv; ratios above 1 mean that ours is faster. With `--prompts` a
+chunk of one prompt is attended to instead; rows go to benchmarks/results/gpu_prompts.csv.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from time import perf_counter
 import torch
 import triton
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.gpu_dense import dense_decode
 from tests.codecs import make_codec
@@ -31,10 +33,13 @@ from vllm_kvsplice.engines import Batch, Window, reference
 from vllm_kvsplice.engines.triton import TritonEngine
 
 RESULTS = Path(__file__).parent / "results" / "gpu.csv"
+PROMPT_RESULTS = RESULTS.with_name("gpu_prompts.csv")
 SHAPES = {"32/8x128": (32, 8, 128), "64/8x128": (64, 8, 128)}
 # Of the groups, by bits per element.
 WIDTHS = {2.5: (1, 2, 2, 2, 3, 3, 3, 4), 3.0: (1, 2, 3, 3, 3, 4, 4, 4), 4.0: (2, 3, 4, 4, 4, 5, 5, 5)}
 BATCHES, CONTEXTS, TARGET = (1, 4, 16, 64), (4096, 32768, 131072), (16, 32768)
+# Of prompts: the step's tokens, and tokens stored with them.
+CHUNKS = ((2048, 32768), (8192, 32768), (8192, 8192), (2048, 2048), (512, 4096), (2048, 131072))
 BLOCK, WINDOW, WINDOW_BLOCK = 64, 32, 16
 # Read in turn by one measurement: several times what an L2 cache holds.
 RESIDENT_BYTES, MOST_LAYERS = 1 << 30, 16
@@ -45,18 +50,20 @@ LIMIT = 2e-3
 
 @dataclass(frozen=True)
 class Load:
-    """A decode step: one token for each of `batch` sequences of `context` tokens."""
+    """A step: `chunk` tokens for each of `batch` sequences of `context` tokens."""
 
     shape: str
     batch: int
     context: int
     bits: float
     uniform: bool = True
+    chunk: int = 1
 
     @property
     def name(self) -> str:
         levels = "" if self.uniform else ", any levels"
-        return f"{self.shape} {self.batch}x{self.context} {self.bits} bits{levels}"
+        chunk = "" if self.chunk == 1 else f", {self.chunk} tokens"
+        return f"{self.shape} {self.batch}x{self.context} {self.bits} bits{levels}{chunk}"
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -94,12 +101,14 @@ class Layer:
         shape = batch * (load.context // BLOCK) + 1, codec.layout.token_bytes, BLOCK
         pages = [torch.randint(256, shape, dtype=torch.uint8, device=device) for _ in range(layers)]
         lengths = torch.full((batch,), load.context, dtype=torch.int32, device=device)
-        start = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        raw = torch.randn(batch * 3 + 1, kv_heads, WINDOW_BLOCK, 2 * dim, dtype=torch.bfloat16, device=device)
+        start = torch.arange(batch + 1, dtype=torch.int32, device=device) * load.chunk
+        raw_blocks = batch * 3 if load.chunk == 1 else load.context // WINDOW_BLOCK
+        raw = torch.randn(raw_blocks + 1, kv_heads, WINDOW_BLOCK, 2 * dim, dtype=torch.bfloat16, device=device)
         # The window's table names blocks of its last tokens only; the others are never read.
         near = table(WINDOW_BLOCK) % len(raw)
-        query = torch.randn(batch, heads, dim, dtype=torch.bfloat16, device=device)
-        return cls(codec, query, pages, Batch(start, lengths, table(BLOCK)), Window(WINDOW, raw, near))
+        query = torch.randn(batch * load.chunk, heads, dim, dtype=torch.bfloat16, device=device)
+        step = Batch(start, lengths, table(BLOCK), load.context)
+        return cls(codec, query, pages, step, Window(WINDOW, raw, near))
 
     def attend(self, engine: TritonEngine, pages: Tensor) -> Tensor:
         return engine.attend(self.codec, self.query, pages, self.batch, self.query.shape[2] ** -0.5, self.window)
@@ -108,8 +117,8 @@ class Layer:
 def check(device: torch.device, context: int = 960) -> None:
     """Compare bytes and attention with the reference, and dense decoding with torch's."""
     engine = TritonEngine()
-    for bits, uniform in product(WIDTHS, (True, False)):
-        load = Load("32/8x128", 2, context, bits, uniform)
+    for bits, uniform, chunk in product(WIDTHS, (True, False), (1, 100)):
+        load = Load("32/8x128", 2, context, bits, uniform, chunk)
         layer = Layer.of(load, device, 1)
         off = difference(layer.attend(engine, layer.pages[0]), layer.attend(reference, layer.pages[0]))
         written = [torch.zeros_like(layer.pages[0]) for _ in range(2)]
@@ -119,7 +128,7 @@ def check(device: torch.device, context: int = 960) -> None:
             kernels.write(layer.codec, key, value, torch.arange(40, device=device) * 999, slots, pages)
         wrong = int((written[0] != written[1]).sum())
         levels = "uniform" if uniform else "other"
-        print(f"check: {bits} bits, {levels} levels: attention off by {off:.1e}, {wrong} bytes differ")
+        print(f"check: {bits} bits, {levels} levels, {chunk} tokens: attention off by {off:.1e}, {wrong} bytes differ")
         if off > LIMIT or wrong:
             sys.exit("the kernels are wrong on this GPU; nothing was measured")
     query = torch.randn(2, 8, 64, device=device).bfloat16()
@@ -188,6 +197,15 @@ def ours(load: Load, device: torch.device) -> tuple[float, float]:
     return attention, microseconds(encode) / layers
 
 
+def dense_prompt(load: Load, device: torch.device) -> float:
+    """Microseconds of torch's attention of a chunk of one prompt in bfloat16."""
+    heads, _, dim = load.heads
+    query = torch.randn(1, heads, load.chunk, dim, dtype=torch.bfloat16, device=device)
+    keys, values = torch.randn(2, 1, heads, load.context, dim, dtype=torch.bfloat16, device=device)
+    mask = causal_lower_right(load.chunk, load.context)
+    return microseconds(lambda: torch.nn.functional.scaled_dot_product_attention(query, keys, values, mask))
+
+
 def dense(load: Load, device: torch.device, dtype: torch.dtype) -> float:
     """Microseconds of dense attention: torch's in bfloat16, the Triton kernel's in eight bits."""
     heads, kv_heads, dim = load.heads
@@ -221,12 +239,33 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def machine() -> dict[str, object]:
+    """Where a row was measured, and of what."""
+    about = {"gpu": torch.cuda.get_device_name(), "commit": commit()}
+    return about | {"torch": torch.__version__, "triton": triton.__version__}
+
+
+def measure_prompts(only: str, seconds: float) -> Iterator[dict[str, object]]:
+    """A row for each chunk, with evenly spaced levels and with others."""
+    device, until = torch.device("cuda"), perf_counter() + seconds
+    for shape, (chunk, context), uniform in product(SHAPES, CHUNKS, (True, False)):
+        load = Load(shape, 1, context, 3.0, uniform, chunk)
+        if only not in load.name or perf_counter() > until:
+            continue
+        layer, engine = Layer.of(load, device, 1), TritonEngine()
+        step = microseconds(lambda: layer.attend(engine, layer.pages[0]))  # noqa: B023
+        bf16 = dense_prompt(load, device)
+        row = {"shape": shape, "chunk": chunk, "context": context, "bits": load.bits}
+        row |= {"levels": "uniform" if uniform else "any", "us": f"{step:.1f}"}
+        yield machine() | row | {"sdpa_bf16_us": f"{bf16:.1f}", "bf16_ratio": f"{bf16 / step:.2f}"}
+
+
 def measure(only: str, seconds: float) -> Iterator[dict[str, object]]:
     """A row for each load that fits the GPU, until the time is over."""
     device, until = torch.device("cuda"), perf_counter() + seconds
     memory = torch.cuda.get_device_properties(device).total_memory
-    speed, about = copy_speed(device), {"gpu": torch.cuda.get_device_name(device), "commit": commit()}
-    about |= {"torch": torch.__version__, "triton": triton.__version__, "copy_GB_s": f"{speed / 1e9:.0f}"}
+    speed = copy_speed(device)
+    about = machine() | {"copy_GB_s": f"{speed / 1e9:.0f}"}
     known: dict[tuple[str, int, int], tuple[float, float]] = {}
     for load in loads(only):
         if perf_counter() > until:
@@ -254,12 +293,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of a load's name, such as '32/8x128 16x32768 3.0 bits'")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no new measurement begins")
+    parser.add_argument("--prompts", action="store_true", help="measure prompts instead of decoding")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here; run this on a machine with one")
     check(torch.device("cuda"))
-    for row in measure(options.only, options.minutes * 60):
-        append(RESULTS, row)
+    what, results = (measure_prompts, PROMPT_RESULTS) if options.prompts else (measure, RESULTS)
+    for row in what(options.only, options.minutes * 60):
+        append(results, row)
         print(*(f"{name}={value}" for name, value in row.items() if name not in ("gpu", "commit")), flush=True)
 
 

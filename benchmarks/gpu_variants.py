@@ -32,7 +32,7 @@ from triton.runtime.jit import mangle_type
 from tests.codecs import make_codec
 from vllm_kvsplice.engines import Batch, Window
 from vllm_kvsplice.engines.triton import TritonEngine
-from vllm_kvsplice.engines.triton.kernels import attention, encode
+from vllm_kvsplice.engines.triton.kernels import attention, encode, prompt
 
 TARGETS = {"sm_80": 80, "sm_90": 90}
 PRODUCTS = ("HMMA", "HGMMA", "IMMA", "IGMMA")
@@ -40,6 +40,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 KERNELS = {
     **dict.fromkeys(("encode_kernel", "copy_kernel"), encode),
     **dict.fromkeys(("absorb_kernel", "attend_kernel", "finish_kernel"), attention),
+    **dict.fromkeys(("unpack_kernel", "prompt_kernel"), prompt),
 }
 # Widths whose codes have one, two and three planes.
 PLANES = {1: (2, 4), 2: (2, 3, 4, 5), 3: (2, 3, 7)}
@@ -67,7 +68,7 @@ class Variant:
 # Those of the commonest heads that need most registers.
 CORNERS = [
     Variant(128, 4, queries, planes, uniform)
-    for queries, planes, uniform in ((9, 3, False), (9, 2, True), (1, 2, True))
+    for queries, planes, uniform in ((9, 3, False), (9, 2, True), (1, 2, True), (64, 3, False))
 ]
 ALL = [
     Variant(dim, group, queries, planes, uniform)
@@ -78,6 +79,7 @@ ALL = [
 ] + [
     *(Variant(dim, 4, 9, block=block) for dim in (32, 64, 80, 96, 128) for block in (16, 32)),
     *(Variant(dim, 4, queries, window=0) for dim in (64, 128, 256) for queries in (1, 9)),
+    *(Variant(dim, 4, 64, planes=3, window=window) for dim in (64, 128, 256) for window in (0, 32)),
     *(Variant(dim, 16, 9, planes=3, dtype=dtype) for dim in (64, 128, 256) for dtype in (torch.float16, torch.float32)),
 ]
 

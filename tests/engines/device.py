@@ -47,7 +47,7 @@ class OnDevice:
     ) -> Tensor:
         if window:
             window = replace(window, pages=moved(window.pages), block_table=moved(window.block_table))
-        batch = Batch(*map(moved, vars(batch).values()))
+        batch = Batch(*map(moved, (batch.query_start, batch.seq_lens, batch.block_table)), batch.longest)
         return self._engine.attend(self._codec(codec), moved(query), moved(pages), batch, scale, window).cpu()
 
     def _codec(self, codec: LayerCodec) -> LayerCodec:

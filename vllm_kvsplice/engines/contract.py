@@ -26,12 +26,14 @@ class Batch:
         query_start: [S + 1], offsets of the sequences' queries in the step.
         seq_lens: [S], tokens stored of each sequence, this step's included; its queries are the last of them.
         block_table: [S, at least the blocks of the longest sequence]; entries past a sequence's end are stale.
+        longest: at least the largest of `seq_lens`, where the host knows it without asking the device.
 
     """
 
     query_start: Tensor
     seq_lens: Tensor
     block_table: Tensor
+    longest: int | None = None
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,17 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_kvsplice.artifact import Artifact
 from vllm_kvsplice.codec import LayerCodec
 from vllm_kvsplice.engines import Batch, Window, cpu, get_engine
-from vllm_kvsplice.engines.triton import WORKSPACE
+from vllm_kvsplice.engines.triton import SEGMENT_BYTES, WORKSPACE
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.serving.graphs import StepBuffer, graph_support
 from vllm_kvsplice.serving.plugin import BLOCK_MULTIPLE, chosen_block_sizes, served_artifact
-from vllm_kvsplice.serving.settings import Settings
+from vllm_kvsplice.serving.settings import Settings, read_settings
 from vllm_kvsplice.serving.window import WindowLayer, WindowMetadata
 
 logger = init_logger("vllm.kvsplice")
@@ -105,11 +106,28 @@ def _backend_of(token_bytes: int, beside_stock: bool) -> type[KVSpliceBackend]:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Sequences of a step that an engine attends to together, and their tokens in the step."""
+
+    sequences: slice
+    tokens: slice
+    batch: Batch
+
+
+@dataclass(frozen=True)
 class KVSpliceMetadata(AttentionMetadata):
-    """One step's batch, and the position of each of its T tokens, int64 [T]; padding's mean nothing."""
+    """One step's T tokens.
+
+    Attributes:
+        positions: int64 [T]; padding's mean nothing.
+        batch: all of it.
+        parts: of it, where they are to be attended to one after the other.
+
+    """
 
     positions: Tensor
     batch: Batch
+    parts: tuple[Part, ...]
 
 
 def positions_of(common: CommonAttentionMetadata) -> Tensor:
@@ -119,6 +137,19 @@ def positions_of(common: CommonAttentionMetadata) -> Tensor:
     sequence = torch.searchsorted(start[1:], place, right=True).clamp(max=len(lengths) - 1)
     # A token's position is its place in the step plus its sequence's distance from there.
     return (place + (lengths - start[1:])[sequence]).long()
+
+
+def parts_of(common: CommonAttentionMetadata, batch: Batch, few: int) -> tuple[Part, ...]:
+    """Where some sequences have more queries than `few`, first those that have not, which vLLM puts in front."""
+    number, others, tokens, _ = split_decodes_and_prefills(common, few)
+    if not number or not others:
+        return ()
+    starts, lengths, table = batch.query_start, batch.seq_lens, batch.block_table
+    front, back = slice(number), slice(number, None)
+    return (
+        Part(front, slice(tokens), Batch(starts[: number + 1], lengths[front], table[front], batch.longest)),
+        Part(back, slice(tokens, None), Batch(starts[back] - tokens, lengths[back], table[back], batch.longest)),
+    )
 
 
 class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
@@ -131,6 +162,9 @@ class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._positions = StepBuffer(vllm_config, device)
+        # The GPU engine reads for prompts in another way than for few tokens; others do by themselves what suits.
+        if read_settings(vllm_config.additional_config).engine == "triton":
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         _announce(vllm_config, kv_cache_spec.block_size)
 
     @classmethod
@@ -142,8 +176,10 @@ class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
     ) -> KVSpliceMetadata:
         shared, common = KVSpliceMetadataBuilder, common_attn_metadata
         if shared._latest is None or shared._latest[0] is not common:
-            batch = Batch(common.query_start_loc, common.seq_lens, common.block_table_tensor)
-            shared._latest = (common, KVSpliceMetadata(self._positions.hold(positions_of(common)), batch))
+            batch = Batch(common.query_start_loc, common.seq_lens, common.block_table_tensor, common.max_seq_len)
+            few = self.reorder_batch_threshold
+            parts = parts_of(common, batch, few) if few else ()
+            shared._latest = (common, KVSpliceMetadata(self._positions.hold(positions_of(common)), batch, parts))
         return shared._latest[1]
 
 
@@ -255,12 +291,17 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         if attn_metadata is None:
             if query.is_cuda:
                 # By such steps vLLM measures how much memory a step takes: take what attention would.
-                query.new_empty(WORKSPACE, *query.shape, dtype=torch.float32)
+                query.new_empty(SEGMENT_BYTES + 4 * WORKSPACE * query.numel(), dtype=torch.uint8)
             return output.zero_()
         count = attn_metadata.positions.shape[0]
         window = self._exact(key, value)
-        query, batch = _first(count, query), attn_metadata.batch
-        self._engine.attend(self.codec, query, self._pages(kv_cache), batch, self.scale, window, _first(count, output))
+        query, pages, out = _first(count, query), self._pages(kv_cache), _first(count, output)
+        if not attn_metadata.parts:
+            self._engine.attend(self.codec, query, pages, attn_metadata.batch, self.scale, window, out)
+        for part in attn_metadata.parts:
+            near = replace(window, block_table=window.block_table[part.sequences]) if window else None
+            rows = part.tokens
+            self._engine.attend(self.codec, query[rows], pages, part.batch, self.scale, near, out[rows])
         if count < output.shape[0]:
             output[count:] = 0
         return output

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_kvsplice.codec import LayerCodec
 from vllm_kvsplice.engines.contract import Batch, Window
-from vllm_kvsplice.engines.triton.tables import Exact, Partial, Sequences, Tables, tables_of
+from vllm_kvsplice.engines.triton.tables import MAX_TILE, Exact, Partial, Segment, Sequences, Tables, tables_of
 from vllm_kvsplice.errors import KVSpliceError
 
 MOST_SPLITS = 64
@@ -23,8 +23,11 @@ SPLIT_COST = 0.02
 PRODUCT_ROWS, COLUMNS, STEP = 16, 64, 32
 # Columns of the merge, and numbers of the splits' sums that it reads at once for a row.
 MERGED_COLUMNS, MERGED_NUMBERS = 32, 1024
-# Float32 numbers that a large step takes for each number of its queries: absorbed, one split, the window's part, output.
-WORKSPACE = 4
+# Float32 numbers that a large step takes for each number of its queries: absorbed, one split, the window's part, output;
+# and bytes that prompts take, of a segment that is made readable.
+WORKSPACE, SEGMENT_BYTES = 4, 128 << 20
+# Rows of a sequence and KV head from which unpacking for all rows at once is cheaper than for every few of them.
+PROMPT_ROWS = 64
 
 
 class Tiling(NamedTuple):
@@ -66,6 +69,14 @@ TILINGS = (
     Tiling(dim=64, planes=3, rows=16, tokens=64, warps=4, resident=2, stages=3),
     Tiling(dim=128, planes=3, rows=16, tokens=64, warps=8, resident=1),
     Tiling(dim=256, planes=3, rows=16, tokens=16, warps=8, resident=1, stages=3),
+)
+
+
+# For prompts: shared memory of 99 KiB, what the smallest GPUs give a program, holds it.
+PROMPT_TILINGS = (
+    Tiling(dim=64, planes=3, rows=128, tokens=128, warps=8, resident=1, stages=2),
+    Tiling(dim=128, planes=3, rows=128, tokens=64, warps=8, resident=1, stages=2),
+    Tiling(dim=256, planes=3, rows=64, tokens=32, warps=8, resident=1, stages=2),
 )
 
 
@@ -117,8 +128,11 @@ class TritonEngine:
         if len(query):
             assert query.stride(2) == 1
             assert output.stride()[1:] == (query.shape[2], 1)
-            absorbed = _absorb(codec, query)
-            partial = _read(codec, query, absorbed, pages, batch, scale, window)
+            rows = query.shape[0] * query.shape[1] // codec.num_kv_heads
+            if rows >= PROMPT_ROWS * len(batch.seq_lens):
+                partial = _read_by_segments(codec, query, pages, batch, scale, window)
+            else:
+                partial = _read(codec, query, _absorb(codec, query), pages, batch, scale, window)
             _finish(codec, partial, batch, bool(window), output)
         return output
 
@@ -166,6 +180,42 @@ def _read(
     return partial
 
 
+def _read_by_segments(
+    codec: LayerCodec, query: Tensor, pages: Tensor, batch: Batch, scale: float, window: Window | None
+) -> Partial:
+    """The same of all that is stored, one segment after the other."""
+    assert pages.stride()[1:] == (pages.shape[2], 1)
+    words, tables, kv_heads = pages.view(torch.int32), _prepared(codec), codec.num_kv_heads
+    (tokens, heads, dim), number, page = query.shape, len(batch.seq_lens), pages.shape[2]
+    padded, sequences, exact = _padded(dim), _sequences(batch), _exact(window)
+    longest = batch.block_table.shape[1] * page
+    if batch.longest is not None:
+        longest = min(longest, batch.longest)
+    rows = tokens * heads // kv_heads
+    tiling = _tiling(PROMPT_TILINGS, dim, len(tables.fields), _tiles(rows, number))
+    # A power of two of tokens, and whole tiles.
+    fitting = SEGMENT_BYTES // (4 * number * kv_heads * padded)
+    size = max(MAX_TILE, tiling.tokens, min(_power(fitting + 1) // 2, _power(longest)))
+    keys, values = query.new_empty(2, number, kv_heads, size, padded, dtype=torch.float16)
+    partial = _partial(query, 1 + bool(window))
+    unpacked = math.gcd(page, MAX_TILE if padded <= 128 else MAX_TILE // 2)
+    grid = rows // tiling.rows + number, kv_heads
+    for begin in range(0, longest, size):
+        segment = Segment(keys, values, begin, size)
+        _prompt().unpack_kernel[size // unpacked, kv_heads, number](
+            words, sequences, tables, segment, words.stride(0), HEAD_DIM=dim, D=padded, TILE=unpacked, PAGE=page,
+            PLANES=len(tables.fields), COLUMNS=min(STEP, padded), num_warps=4,
+        )  # fmt: skip
+        # The exact window is read beside the first segment.
+        _prompt().prompt_kernel[*grid, 1 + (bool(window) and begin == 0)](
+            query, sequences, exact, segment, partial, tokens, number, scale, *query.stride()[:2],
+            GROUP=heads // kv_heads, HEAD_DIM=dim, D=padded, ROWS=tiling.rows, TILE=tiling.tokens,
+            EXACT_PAGE=window.pages.shape[2] if window else 0, WHOLE_CHUNK=bool(window and window.whole_chunk),
+            num_warps=tiling.warps, num_stages=tiling.stages,
+        )  # fmt: skip
+    return partial
+
+
 def _finish(codec: LayerCodec, partial: Partial, batch: Batch, exact: bool, output: Tensor) -> None:
     """Merge into `output`, [T, H * G, D] in any floating dtype."""
     tokens, heads, dim = output.shape
@@ -189,6 +239,12 @@ def _attention() -> Any:
     from vllm_kvsplice.engines.triton.kernels import attention
 
     return attention
+
+
+def _prompt() -> Any:
+    from vllm_kvsplice.engines.triton.kernels import prompt
+
+    return prompt
 
 
 def _sequences(batch: Batch) -> Sequences:

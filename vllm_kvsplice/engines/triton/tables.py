@@ -75,6 +75,23 @@ class Exact(NamedTuple):
     table_stride: int
 
 
+class Segment(NamedTuple):
+    """Part of the context of all sequences, made readable for prompts.
+
+    Attributes:
+        key: float16 [S, H, `size`, D padded].
+        value: the same; latents.
+        begin: position of the first token.
+        size: in tokens.
+
+    """
+
+    key: Tensor
+    value: Tensor
+    begin: int
+    size: int
+
+
 class Partial(NamedTuple):
     """What each split leaves for the merge; with a window, its part is one split more.
 

@@ -13,10 +13,9 @@ import triton.language as tl
 
 from vllm_kvsplice.engines.triton.kernels.lookup import attend_any
 from vllm_kvsplice.engines.triton.kernels.means import load_query
+from vllm_kvsplice.engines.triton.kernels.rows import LOG2_E, read_by, rows_of
 from vllm_kvsplice.engines.triton.kernels.softmax import HEADROOM, normalised, softmax_step
 from vllm_kvsplice.engines.triton.kernels.uniform import attend_uniform
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -40,19 +39,6 @@ def absorb_kernel(
         total = tl.dot(x, basis, total, input_precision="ieee")
     place = token * (tl.num_programs(1) * GROUP) + query_head
     tl.store(absorbed + place[:, None] * HEAD_DIM + latent[None, :], total, mask)
-
-
-@triton.jit
-def sequence_of(query_start, tile, count, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """The sequence that `tile` belongs to; sequence s owns tiles from number ``rows before it // ROWS + s`` on."""
-    low, high = tile * 0, count
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if tl.load(query_start + middle) * GROUP // ROWS + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 @triton.jit
@@ -100,23 +86,14 @@ def attend_kernel(
     """
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
-    sequence = sequence_of(sequences.query_start, tile, number, GROUP, ROWS)
-    start = tl.load(sequences.query_start + sequence)
-    queries = tl.load(sequences.query_start + sequence + 1) - start
-    first_row = (tile - start * GROUP // ROWS - sequence) * ROWS
+    sequence, start, queries, first_row = rows_of(sequences, tile, number, GROUP, ROWS)
     if first_row >= queries * GROUP:
         return
     row = first_row + tl.arange(0, ROWS)
     real = row < queries * GROUP
     token, query_head = (start + row // GROUP).to(tl.int64), head * GROUP + row % GROUP
     rows, place = token * stride_token + query_head * stride_head, token * (heads * GROUP) + query_head
-    first_position = tl.load(sequences.lengths + sequence) - queries
-    last = tl.where(real, first_position + row // GROUP, -1)
-    until = last + 1
-    if EXACT_PAGE > 0:
-        until = tl.maximum(until - exact.size, 0)
-        if WHOLE_CHUNK:
-            until = tl.where(real, tl.minimum(until, first_position), 0)
+    until, last = read_by(sequences, exact, sequence, queries, row, GROUP, EXACT_PAGE, WHOLE_CHUNK)
 
     score_scale = scale * LOG2_E
     if split < splits:
