@@ -1,13 +1,14 @@
 """What a step tells the layers: positions and window slots, at addresses that stay, without waiting for a device."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-from tests.cases import NoHostReads
-from vllm_kvsplice.engines import ENGINES
+from tests.cases import Case, NoHostReads, make_step
+from vllm_kvsplice.engines import ENGINES, reference
 from vllm_kvsplice.serving import backend
 from vllm_kvsplice.serving.backend import KVSpliceMetadataBuilder, positions_of
 from vllm_kvsplice.serving.window import WindowMetadataBuilder
@@ -70,6 +71,32 @@ def test_steps_of_single_tokens_are_described_without_host_reads_and_at_the_same
         assert slots.tolist() == [-1, -1, -1, -1]
         seen.append((positions.data_ptr(), slots.data_ptr()))
     assert len(set(seen)) == 1
+
+
+def test_single_tokens_and_prompts_are_attended_to_apart_and_as_together(monkeypatch):
+    monkeypatch.setattr(backend, "_announce", lambda *_: None)
+    monkeypatch.setitem(ENGINES, "triton", ENGINES["reference"])
+    whole = make_step(Case(((1, 9), (1, 30), (5, 40), (7, 7)), window=6)).store(reference)
+    step = common([1, 1, 5, 7], [9, 30, 40, 7])
+    step.block_table_tensor = whole.batch.block_table
+    settings = config("triton")
+    settings.speculative_config, settings.parallel_config = None, SimpleNamespace(decode_context_parallel_size=1)
+    builder = KVSpliceMetadataBuilder(SPEC, ["layer"], settings, torch.device("cpu"))
+    first, second = builder.build(0, step).parts
+    assert (first.tokens, second.tokens) == (slice(2), slice(2, None))
+    assert second.batch.query_start.tolist() == [0, 5, 12]
+    outputs = []
+    for part in (first, second):
+        window = replace(whole.window, block_table=whole.window.block_table[part.sequences])
+        query = whole.query[part.tokens]
+        outputs.append(reference.attend(whole.codec, query, whole.pages, part.batch, whole.scale, window))
+    assert torch.equal(torch.cat(outputs), whole.attend(reference))
+    assert not builder.build(0, common([1, 1], [9, 30])).parts
+    assert not builder.build(0, common([5, 7], [9, 30])).parts
+
+
+def test_other_engines_than_the_gpus_attend_to_a_step_at_once(builder):
+    assert not builder.build(0, common([1, 5], [9, 30])).parts
 
 
 def test_layers_share_one_steps_metadata(builder):
