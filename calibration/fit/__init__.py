@@ -14,6 +14,7 @@ from calibration.fit.reconstruction import Learned
 from calibration.fit.splines import spline_levels
 from calibration.plan import Plan
 from calibration.statistics import Statistics
+from vllm_kvsplice.layout import MAX_WIDTH
 from vllm_kvsplice.names import FitName
 
 
@@ -41,6 +42,11 @@ FITS: dict[FitName, Callable[[Statistics], Fit]] = {
 }
 
 
+# The widest that plans should choose, where wider ones are not worth their time: GPUs read evenly spaced codes of two planes
+# best, and those of eight bits as slowly as any others (docs/gpu.md).
+WIDEST: dict[FitName, int] = {"pca_uniform": 6, "kvsplice_uniform": 6}
+
+
 class FitByHead:
     """The algorithm that a plan names for a head, and `default` for all others; distortions are those of `default`."""
 
@@ -50,8 +56,9 @@ class FitByHead:
 
     @property
     def distortion(self) -> Tensor:
-        """Fisher-weighted cost of each group at widths 0..8, [2, L, H, G, 9]."""
-        return self._fit(self._default).distortion
+        """Fisher-weighted cost of each group at widths 0..8, [2, L, H, G, 9]; none gains by bits past `WIDEST`."""
+        found, widest = self._fit(self._default).distortion, WIDEST.get(self._default, MAX_WIDTH)
+        return found.gather(-1, torch.arange(MAX_WIDTH + 1).clamp_max(widest).expand_as(found))
 
     def start(self, plan: Plan) -> FittedCodec:
         """The codec of `plan` before training, if any."""

@@ -484,3 +484,12 @@ def test_every_head_is_fitted_by_the_algorithm_that_its_plan_names(statistics, s
     # What the plan names makes a difference.
     assert not torch.equal(alone["pca"].key.levels, alone["pca_spline"].key.levels)
     assert fit.distortion.equal(FITS["pca_spline"](statistics).distortion)
+
+
+@pytest.mark.parametrize("name", ["pca_uniform", "kvsplice_uniform"])
+def test_plans_for_gpus_take_no_width_that_they_read_slowly(statistics, name):
+    free, limited = FITS[name](statistics).distortion, FitByHead(statistics, name).distortion
+    plan, wide = (plan_budget(distortion, free[..., 0].numel() * 5) for distortion in (limited, free))
+    assert wide.widths.max() > 6
+    assert plan.widths.max() == 6
+    assert plan.widths.sum() == wide.widths.sum()
