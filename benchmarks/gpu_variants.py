@@ -40,7 +40,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 KERNELS = {
     **dict.fromkeys(("encode_kernel", "copy_kernel"), encode),
     **dict.fromkeys(("absorb_kernel", "attend_kernel", "finish_kernel"), attention),
-    **dict.fromkeys(("unpack_kernel", "prompt_kernel"), prompt),
+    **dict.fromkeys(("rebuild_kernel", "prompt_kernel"), prompt),
 }
 # Widths whose codes have one, two and three planes.
 PLANES = {1: (2, 4), 2: (2, 3, 4, 5), 3: (2, 3, 7)}

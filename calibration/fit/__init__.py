@@ -42,8 +42,8 @@ FITS: dict[FitName, Callable[[Statistics], Fit]] = {
 }
 
 
-# The widest that plans should choose, where wider ones are not worth their time: GPUs read evenly spaced codes of two planes
-# best, and those of eight bits as slowly as any others (docs/gpu.md).
+# The widest that plans should choose, where wider ones are not worth their time: GPUs read evenly spaced codes of two
+# planes best, and those of eight bits as slowly as any others (docs/gpu.md).
 WIDEST: dict[FitName, int] = {"pca_uniform": 6, "kvsplice_uniform": 6}
 
 

@@ -20,11 +20,12 @@ class OnDevice:
     """`Engine`: copies to the device and back, strides and gaps included.
 
     Queries and probabilities have float16's 11 bits. Relative to the largest output, measured in the interpreter over
-    every small case of `test_engines`: 2.1e-4 from the oracle.
+    every small case of `test_engines`: 2.1e-4 from the oracle. A GPU rounds exact windows of float32 to as many bits, which
+    the interpreter does not where products are in tf32: 6.7e-4 on an H200.
     """
 
-    oracle_limit = 5e-4
-    order_limit = 5e-4
+    oracle_limit = 5e-4 if DEVICE.type == "cpu" else 1e-3
+    order_limit = oracle_limit
 
     def __init__(self) -> None:
         self._engine = TritonEngine()

@@ -58,9 +58,13 @@ def test_a_pool_that_could_never_admit_a_request_is_refused() -> None:
     layer = WindowLayer(attention, tokens=20, block_size=4, hit_alignment=16, drafts=0)
     config = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=100, original_max_model_len=100),
+        cache_config=SimpleNamespace(num_gpu_blocks=None),
         max_in_flight_tokens=32,
     )
     spec = layer.get_kv_cache_spec(config)
+    # As where vLLM measures what graphs take.
+    layer.bind_kv_cache(torch.empty(3, 2, 4, 16))
+    config.cache_config.num_gpu_blocks = 20
     # 7 blocks of codes; before and after a step 19 exact tokens that may begin anywhere in one of 6 blocks; and nobody's.
     layer.bind_kv_cache(torch.empty(20, 2, 4, 16))
     assert layer.kv_cache.shape[0] == 20

@@ -177,8 +177,9 @@ class WindowLayer(torch.nn.Module, AttentionLayerBase):
         # Not the configuration's block size, which by now may be the window's (docs/vllm.md).
         blocks = cdiv(longest, self._spec.hit_alignment)
         blocks += self._spec.max_admission_blocks_per_request(in_flight, longest)
-        # Block 0 is nobody's.
-        if len(kv_cache) - 1 < blocks:
+        # Block 0 is nobody's. To measure what graphs take, vLLM first binds a few blocks, before it has counted them.
+        counted = self._config.cache_config.num_gpu_blocks is not None
+        if counted and len(kv_cache) - 1 < blocks:
             raise KVSpliceError(
                 f"a request of {longest} tokens and its exact window take {blocks} blocks of KV cache and there are "
                 f"{len(kv_cache) - 1}; lower --max-model-len or give it more memory"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_kvsplice.codec import LayerCodec
 from vllm_kvsplice.engines.contract import Batch, Window
-from vllm_kvsplice.engines.triton.tables import MAX_TILE, Exact, Partial, Segment, Sequences, Tables, tables_of
+from vllm_kvsplice.engines.triton.tables import MAX_TILE, Exact, Partial, Segment, Sequences, State, Tables, tables_of
 from vllm_kvsplice.errors import KVSpliceError
 
 MOST_SPLITS = 64
@@ -70,13 +70,11 @@ TILINGS = (
     Tiling(dim=128, planes=3, rows=16, tokens=64, warps=8, resident=1),
     Tiling(dim=256, planes=3, rows=16, tokens=16, warps=8, resident=1, stages=3),
 )
-
-
-# For prompts: shared memory of 99 KiB, what the smallest GPUs give a program, holds it.
+# For prompts. With two stages 99 KiB of shared memory, what the smallest GPUs give a program, hold it.
 PROMPT_TILINGS = (
-    Tiling(dim=64, planes=3, rows=128, tokens=128, warps=8, resident=1, stages=2),
-    Tiling(dim=128, planes=3, rows=128, tokens=64, warps=8, resident=1, stages=2),
-    Tiling(dim=256, planes=3, rows=64, tokens=32, warps=8, resident=1, stages=2),
+    Tiling(dim=64, planes=3, rows=64, tokens=64, warps=4, resident=2, stages=3),
+    Tiling(dim=128, planes=3, rows=64, tokens=64, warps=4, resident=2, stages=3),
+    Tiling(dim=256, planes=3, rows=64, tokens=32, warps=8, resident=1, stages=3),
 )
 
 
@@ -122,7 +120,7 @@ class TritonEngine:
         window: Window | None,
         output: Tensor | None = None,
     ) -> Tensor:
-        """See `Engine.attend`; its rows past T hold zeros."""
+        """See `Engine.attend`; rows past T hold zeros where sequences have few rows each."""
         if output is None:
             output = query.new_empty(query.shape, dtype=torch.float32)
         if len(query):
@@ -130,10 +128,10 @@ class TritonEngine:
             assert output.stride()[1:] == (query.shape[2], 1)
             rows = query.shape[0] * query.shape[1] // codec.num_kv_heads
             if rows >= PROMPT_ROWS * len(batch.seq_lens):
-                partial = _read_by_segments(codec, query, pages, batch, scale, window)
+                _attend_by_segments(codec, query, pages, batch, scale, window, output)
             else:
                 partial = _read(codec, query, _absorb(codec, query), pages, batch, scale, window)
-            _finish(codec, partial, batch, bool(window), output)
+                _finish(codec, partial, batch, bool(window), output)
         return output
 
 
@@ -180,40 +178,43 @@ def _read(
     return partial
 
 
-def _read_by_segments(
-    codec: LayerCodec, query: Tensor, pages: Tensor, batch: Batch, scale: float, window: Window | None
-) -> Partial:
-    """The same of all that is stored, one segment after the other."""
+def _attend_by_segments(
+    codec: LayerCodec,
+    query: Tensor,
+    pages: Tensor,
+    batch: Batch,
+    scale: float,
+    window: Window | None,
+    output: Tensor,
+) -> None:
+    """Rebuild what is stored, a segment after the other, and attend to it."""
     assert pages.stride()[1:] == (pages.shape[2], 1)
     words, tables, kv_heads = pages.view(torch.int32), _prepared(codec), codec.num_kv_heads
     (tokens, heads, dim), number, page = query.shape, len(batch.seq_lens), pages.shape[2]
-    padded, sequences, exact = _padded(dim), _sequences(batch), _exact(window)
+    padded, sequences, rows = _padded(dim), _sequences(batch), tokens * heads // kv_heads
+    tiling = _tiling(PROMPT_TILINGS, dim, len(tables.fields), _tiles(rows, number))
     longest = batch.block_table.shape[1] * page
     if batch.longest is not None:
         longest = min(longest, batch.longest)
-    rows = tokens * heads // kv_heads
-    tiling = _tiling(PROMPT_TILINGS, dim, len(tables.fields), _tiles(rows, number))
     # A power of two of tokens, and whole tiles.
     fitting = SEGMENT_BYTES // (4 * number * kv_heads * padded)
     size = max(MAX_TILE, tiling.tokens, min(_power(fitting + 1) // 2, _power(longest)))
-    keys, values = query.new_empty(2, number, kv_heads, size, padded, dtype=torch.float16)
-    partial = _partial(query, 1 + bool(window))
-    unpacked = math.gcd(page, MAX_TILE if padded <= 128 else MAX_TILE // 2)
-    grid = rows // tiling.rows + number, kv_heads
+    rebuilt = query.new_empty(2, number, kv_heads, size, padded, dtype=torch.float16)
+    state = State(*(query.new_empty(shape, dtype=torch.float32) for shape in (query.shape, *2 * [query.shape[:2]])))
+    tile = math.gcd(page, MAX_TILE if padded <= 128 else MAX_TILE // 2)
     for begin in range(0, longest, size):
-        segment = Segment(keys, values, begin, size)
-        _prompt().unpack_kernel[size // unpacked, kv_heads, number](
-            words, sequences, tables, segment, words.stride(0), HEAD_DIM=dim, D=padded, TILE=unpacked, PAGE=page,
+        segment = Segment(rebuilt, begin, size)
+        _prompt().rebuild_kernel[size // tile, 2 * kv_heads, number](
+            words, sequences, tables, segment, words.stride(0), HEAD_DIM=dim, D=padded, TILE=tile, PAGE=page,
             PLANES=len(tables.fields), COLUMNS=min(STEP, padded), num_warps=4,
         )  # fmt: skip
-        # The exact window is read beside the first segment.
-        _prompt().prompt_kernel[*grid, 1 + (bool(window) and begin == 0)](
-            query, sequences, exact, segment, partial, tokens, number, scale, *query.stride()[:2],
-            GROUP=heads // kv_heads, HEAD_DIM=dim, D=padded, ROWS=tiling.rows, TILE=tiling.tokens,
+        _prompt().prompt_kernel[rows // tiling.rows + number, kv_heads](
+            query, sequences, _exact(window), segment, state, output, number, scale, *query.stride()[:2],
+            output.stride(0), GROUP=heads // kv_heads, HEAD_DIM=dim, D=padded, ROWS=tiling.rows, TILE=tiling.tokens,
             EXACT_PAGE=window.pages.shape[2] if window else 0, WHOLE_CHUNK=bool(window and window.whole_chunk),
-            num_warps=tiling.warps, num_stages=tiling.stages,
+            FIRST=begin == 0, LAST=begin + size >= longest, num_warps=tiling.warps,
+            num_stages=min(tiling.stages, _stages(query.device)),
         )  # fmt: skip
-    return partial
 
 
 def _finish(codec: LayerCodec, partial: Partial, batch: Batch, exact: bool, output: Tensor) -> None:
@@ -298,6 +299,14 @@ def _splits(programs: int, places: int) -> int:
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@lru_cache
+def _stages(device: torch.device) -> int:
+    """How many tiles of prompts the GPU's shared memory holds."""
+    if device.type != "cuda":
+        return 2
+    return 2 if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 160 << 10 else 3
 
 
 def _tiles(count: int, size: int) -> int:

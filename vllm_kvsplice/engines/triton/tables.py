@@ -76,20 +76,29 @@ class Exact(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Part of the context of all sequences, made readable for prompts.
+    """Part of the context of all sequences, rebuilt for prompts.
 
     Attributes:
-        key: float16 [S, H, `size`, D padded].
-        value: the same; latents.
+        rebuilt: float16 [2, S, H, `size`, D padded], keys and values.
         begin: position of the first token.
         size: in tokens.
 
     """
 
-    key: Tensor
-    value: Tensor
+    rebuilt: Tensor
     begin: int
     size: int
+
+
+class State(NamedTuple):
+    """What prompts have read of the segments so far: sums of values, maxima of scores, and sums of exponentials.
+
+    float32 [T, H * G, D], and twice [T, H * G]; `total` and `sums` are those of exponentials less `top`.
+    """
+
+    sums: Tensor
+    top: Tensor
+    total: Tensor
 
 
 class Partial(NamedTuple):

@@ -62,12 +62,13 @@ def attend_exact(
             cell = heads + block * exact.page_stride + position % PAGE * exact.token_stride
             mask = (position < end)[:, None] & known[None, :]
             # Products in tf32, where types of 16 bits are exact, for Triton's interpreter multiplies no bfloat16.
+            precision: tl.constexpr = "tf32x3" if exact.pages.dtype.element_ty == tl.float32 else "tf32"
             keys = tl.load(cell[:, None] + dim[None, :], mask, 0).to(tl.float32)
             values = tl.load(cell[:, None] + HEAD_DIM + dim[None, :], mask, 0).to(tl.float32)
-            scores = tl.dot(keys, q, input_precision="tf32") * scale
+            scores = tl.dot(keys, q, input_precision=precision) * scale
             visible = (position[:, None] >= begin[None, :]) & (position[:, None] <= last[None, :])
             probability, top, total, factor = softmax_step(tl.where(visible, scores, float("-inf")), top, total)
-            sums = tl.dot(tl.trans(values), probability, sums * factor[None, :], input_precision="tf32")
+            sums = tl.dot(tl.trans(values), probability, sums * factor[None, :], input_precision=precision)
     return normalised(sums, top, total, HEADROOM)
 
 

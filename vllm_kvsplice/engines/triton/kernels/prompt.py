@@ -1,8 +1,8 @@
 """Kernels for prompts, where each stored token is read by many rows.
 
-Unpacking tokens once for every few rows, as decoding does, would be most of the work. So a segment of the context is made
-readable first, as plain float16: keys as they were, values as latents, which `attention.finish_kernel` takes back. Then
-attention is the common tiled one (Dao, FlashAttention-2, 2023), and goes on segment by segment.
+Unpacking tokens once for every few rows, as decoding does, would be most of the work. So a segment of the context is first
+made what it was, keys and values in float16. Then attention is the common tiled one (Dao, FlashAttention-2, 2023), which
+goes on from segment to segment and then to the exact window.
 """
 
 import triton
@@ -15,54 +15,54 @@ from vllm_kvsplice.engines.triton.kernels.softmax import HEADROOM
 
 
 @triton.jit
-def unpack_kernel(
+def rebuild_kernel(
     pages, sequences, tables, segment, page_stride,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, PLANES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Fill `segment`. Grid: (tiles of its tokens, H, S). Programs past a sequence's tokens end at once."""
-    head, heads, sequence = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
-    place = tl.program_id(0) * TILE
+    """Fill `segment`. Grid: (tiles of its tokens, 2 * H halves: keys' heads, then values', S).
+
+    Programs past a sequence's tokens end at once.
+    """
+    half, heads, sequence = tl.program_id(1), tl.num_programs(1) // 2, tl.program_id(2)
+    kind, place = half // heads, tl.program_id(0) * TILE
     first = segment.begin + place
     if first >= tl.load(sequences.lengths + sequence):
         return
     block = tl.load(sequences.block_table + sequence.to(tl.int64) * sequences.table_stride + first // PAGE)
     page = pages + block.to(tl.int64) * page_stride + first % PAGE // 4
-    latent = tl.arange(0, D)
-    used = latent < HEAD_DIM
-    key_latent = head * HEAD_DIM + tl.where(used, latent, 0)
-    position, column = first + tl.arange(0, TILE), tl.arange(0, COLUMNS)
-    cell = ((sequence * heads + head).to(tl.int64) * segment.size + place + tl.arange(0, TILE)) * D
+    latent, token = tl.arange(0, D), tl.arange(0, TILE)
+    used, at_sink = latent < HEAD_DIM, first + token == 0
+    own = half * HEAD_DIM + tl.where(used, latent, 0)
+    code = unpack(page, tables.fields + own, PAGE // 4, 2 * heads * HEAD_DIM, TILE // 4, PLANES)
+    levels = look_up(tables.levels, (own // 8 * 256).to(tl.uint32), code).to(tl.float32)
+    # Position 0 has units of its own.
+    unit = tl.where(at_sink[None, :], tl.load(tables.sink_scale + own)[:, None], 1)
+    levels = tl.trans(tl.where(used[:, None], levels * unit, 0).to(tl.float16))
 
-    keys = levels_of(page, tables, key_latent, used, position, 2 * heads * HEAD_DIM, TILE, PAGE, PLANES)
+    row = ((kind * tl.num_programs(2) + sequence) * heads + half % heads).to(tl.int64) * segment.size + place + token
+    out = segment.rebuilt + row[:, None] * D
     for part in range(0, D, COLUMNS):
-        dim = part + column
+        dim = part + tl.arange(0, COLUMNS)
         known = dim < HEAD_DIM
-        basis = tables.synthesis + (head * HEAD_DIM + dim)[None, :] * HEAD_DIM + latent[:, None]
-        basis = tl.load(basis, used[:, None] & known[None, :], 0)
-        at = head * HEAD_DIM + dim
-        cos, sin = turn(position.to(tl.float64)[:, None] * tl.load(tables.frequencies + dim, known, 0)[None, :])
+        at = half * HEAD_DIM + dim
+        frequency = tl.load(tables.frequencies + kind * HEAD_DIM + dim, known, 0)
+        # The angle in two parts: that of the first token may be large, those from there on are small.
+        cos_first, sin_first = turn(frequency * first.to(tl.float64))
+        angle = token.to(tl.float32)[:, None] * frequency.to(tl.float32)[None, :]
+        cos_on, sin_on = tl.cos(angle), tl.sin(angle)
+        cos = cos_first[None, :] * cos_on - sin_first[None, :] * sin_on
+        sin = sin_first[None, :] * cos_on + cos_first[None, :] * sin_on
         mean, turned = tl.load(tables.mean + at, known, 0), tl.load(tables.turned + at, known, 0)
         mean = mean[None, :] * cos + turned[None, :] * sin
-        mean = tl.where((position == 0)[:, None], tl.load(tables.sink + at, known, 0)[None, :], mean)
-        # What rounding takes from the matrix is multiplied too; levels are whole numbers, and exact.
-        high = basis.to(tl.float16)
-        key = tl.dot(keys, high, tl.dot(keys, (basis - high.to(tl.float32)).to(tl.float16), mean))
-        tl.store(segment.key + cell[:, None] + dim[None, :], key.to(tl.float16))
-    value_latent = heads * HEAD_DIM + key_latent
-    values = levels_of(page, tables, value_latent, used, position, 2 * heads * HEAD_DIM, TILE, PAGE, PLANES)
-    tl.store(segment.value + cell[:, None] + latent[None, :], values)
-
-
-@triton.jit
-def levels_of(
-    page, tables, latent, used, position, latents, TILE: tl.constexpr, PAGE: tl.constexpr, PLANES: tl.constexpr
-):
-    """Float16 [TILE, D], 0 where a latent is not `used`; position 0 has units of its own."""
-    code = unpack(page, tables.fields + latent, PAGE // 4, latents, TILE // 4, PLANES)
-    levels = look_up(tables.levels, (latent // 8 * 256).to(tl.uint32), code)
-    unit = tl.where((position == 0)[None, :], tl.load(tables.sink_scale + latent)[:, None], 1)
-    return tl.trans(tl.where(used[:, None], levels.to(tl.float32) * unit, 0).to(tl.float16))
+        mean = tl.where(at_sink[:, None], tl.load(tables.sink + at, known, 0)[None, :], mean)
+        basis = tables.synthesis + at[None, :] * HEAD_DIM + latent[:, None]
+        basis = tl.load(basis, used[:, None] & known[None, :], 0)
+        # In float16, by a scale of each dimension's own.
+        scale = tl.max(tl.abs(basis), 0)
+        scale = tl.where(scale > 0, scale, 1)
+        rebuilt = tl.dot(levels, (basis / scale[None, :]).to(tl.float16)) * scale[None, :] + mean
+        tl.store(out + dim[None, :], rebuilt.to(tl.float16))
 
 
 @triton.jit
@@ -77,13 +77,14 @@ def exact_tile(exact, block_table, head, position, end, dim, HEAD_DIM: tl.conste
 
 
 @triton.jit
-def segment_tile(segment, place, position, end, dim, D: tl.constexpr, MASKED: tl.constexpr):
-    """The same of a segment's tokens, of which `place` is the head's first."""
-    cell = (place + position - segment.begin)[:, None] * D + dim[None, :]
+def segment_tile(segment, places, position, end, dim, D: tl.constexpr, MASKED: tl.constexpr):
+    """The same of a segment's tokens; `places` are those of the head's first key and value."""
+    offset = (position - segment.begin)[:, None] * D + dim[None, :]
+    keys, values = segment.rebuilt + places[0] * D + offset, segment.rebuilt + places[1] * D + offset
     if MASKED:
         read = (position < end)[:, None]
-        return tl.load(segment.key + cell, read, 0), tl.load(segment.value + cell, read, 0)
-    return tl.load(segment.key + cell), tl.load(segment.value + cell)
+        return tl.load(keys, read, 0), tl.load(values, read, 0)
+    return tl.load(keys), tl.load(values)
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def softmax_rows(scores, top, total):
 
 @triton.jit
 def attend_segment(
-    q, unit, segment, place, until, real, top, total, sums, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr
+    q, unit, segment, places, until, real, top, total, sums, HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr
 ):
     """Go on with the segment's tokens before `until` [rows]."""
     dim = tl.arange(0, D)
@@ -107,13 +108,13 @@ def attend_segment(
     whole = tl.minimum(tl.min(tl.where(real, until, end)), end)
     whole = begin + tl.maximum(whole - begin, 0) // TILE * TILE
     for first in range(begin, whole, TILE):
-        keys, values = segment_tile(segment, place, first + tl.arange(0, TILE), end, dim, D, False)
+        keys, values = segment_tile(segment, places, first + tl.arange(0, TILE), end, dim, D, False)
         scores = tl.dot(q, tl.trans(keys)) * unit[:, None]
         probability, top, total, factor = softmax_rows(scores, top, total)
         sums = tl.dot(probability, values, sums * factor[:, None])
     for first in range(whole, end, TILE):
         position = first + tl.arange(0, TILE)
-        keys, values = segment_tile(segment, place, position, end, dim, D, True)
+        keys, values = segment_tile(segment, places, position, end, dim, D, True)
         scores = tl.dot(q, tl.trans(keys)) * unit[:, None]
         scores = tl.where(position[None, :] < until[:, None], scores, float("-inf"))
         probability, top, total, factor = softmax_rows(scores, top, total)
@@ -140,30 +141,26 @@ def attend_raw(
     return top, total, sums
 
 
-@triton.jit(do_not_specialize=["tokens", "number"])
+@triton.jit(do_not_specialize=["number"])
 def prompt_kernel(
-    query, sequences, exact, segment, partial, tokens, number, scale, stride_token, stride_head,
+    query, sequences, exact, segment, state, output, number, scale, stride_token, stride_head, output_token,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    EXACT_PAGE: tl.constexpr, WHOLE_CHUNK: tl.constexpr,
+    EXACT_PAGE: tl.constexpr, WHOLE_CHUNK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Part of the attention of ROWS rows of one sequence and KV head: to a segment, or to the exact window.
+    """Attention of ROWS rows of one sequence and KV head to a segment, and, in the last one, to the exact window.
 
-    `partial` holds what was read of segments before, and then also what was read of this one. Grid: (tiles of rows, H, 1,
-    or 2 with the exact window). Programs past a sequence's rows or its tokens end at once.
+    Until then `state` holds what was read. Grid: (tiles of rows, H). Programs past a sequence's rows end at once.
     """
     # Those that read most begin first.
-    tile, head, part = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    heads = tl.num_programs(1)
+    tile, head, heads = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     sequence, start, queries, first_row = rows_of(sequences, tile, number, GROUP, ROWS)
     if first_row >= queries * GROUP:
         return
     row = first_row + tl.arange(0, ROWS)
     real = row < queries * GROUP
     token, query_head = (start + row // GROUP).to(tl.int64), head * GROUP + row % GROUP
-    place = token * (heads * GROUP) + query_head
     until, last = read_by(sequences, exact, sequence, queries, row, GROUP, EXACT_PAGE, WHOLE_CHUNK)
-    begin = segment.begin
-    if (part == 0) & (begin > 0) & (tl.max(until) <= begin):
+    if not (FIRST or LAST) and tl.max(until) <= segment.begin:
         return
 
     dim = tl.arange(0, D)
@@ -176,27 +173,23 @@ def prompt_kernel(
     q, unit = (q / unit[:, None]).to(tl.float16), unit * scale * LOG2_E
     top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, D), tl.float32)
-    weights = partial.weights + place + part.to(tl.int64) * tokens * (heads * GROUP)
-    output = partial.sums + (place + part.to(tl.int64) * tokens * (heads * GROUP))[:, None] * HEAD_DIM + dim[None, :]
-    if part == 0:
-        first_key = (sequence * heads + head).to(tl.int64) * segment.size
-        if begin > 0:
-            top = tl.load(weights, real, float("-inf"))
-            some = top > float("-inf")
-            total = tl.where(some, tl.exp2(tl.zeros((ROWS,), tl.float32) + HEADROOM), 0)
-            sums = tl.load(output, known & some[:, None], 0) * total[:, None]
-        else:
-            key = tl.load(segment.key + first_key * D + dim).to(tl.float32)
-            score = tl.sum(q.to(tl.float32) * key[None, :], 1) * unit
-            tl.store(partial.sink_scores + place, tl.where(until > 0, score, float("-inf")), real)
-        top, total, sums = attend_segment(
-            q, unit, segment, first_key, until, real, top, total, sums, HEAD_DIM, D, TILE
-        )  # fmt: skip
-    else:
-        top, total, sums = attend_raw(
+    place = token * (heads * GROUP) + query_head
+    kept = state.sums + place[:, None] * HEAD_DIM + dim[None, :]
+    if not FIRST:
+        top, total = tl.load(state.top + place, real, float("-inf")), tl.load(state.total + place, real, 0)
+        sums = tl.load(kept, known, 0)
+    first_key = (sequence * heads + head).to(tl.int64) * segment.size
+    places = first_key, first_key + (number * heads).to(tl.int64) * segment.size
+    top, total, sums = attend_segment(
+        q, unit, segment, places, until, real, top, total, sums, HEAD_DIM, D, TILE
+    )  # fmt: skip
+    if LAST:
+        _, total, sums = attend_raw(
             q, unit, exact, sequence, head, until, last, real, top, total, sums, HEAD_DIM, D, TILE, EXACT_PAGE
         )  # fmt: skip
-    read = total > 0
-    total = tl.where(read, total, 1)
-    tl.store(weights, tl.where(read, top + tl.log2(total) - HEADROOM, float("-inf")), real)
-    tl.store(output, sums / total[:, None], known & read[:, None])
+        out = output + (token * output_token + query_head * HEAD_DIM)[:, None] + dim[None, :]
+        tl.store(out, (sums / tl.where(real, total, 1)[:, None]).to(output.dtype.element_ty), known)
+    else:
+        tl.store(state.top + place, top, real)
+        tl.store(state.total + place, total, real)
+        tl.store(kept, sums, known)
