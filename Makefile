@@ -41,8 +41,9 @@ lint: $(STAMP)
 bench-cpu: $(STAMP)
 	$(BIN)/python -m benchmarks.cpu
 
-# The GPU engine beside dense attention; needs a CUDA device. At most about ten minutes.
+# The GPU engine beside dense attention; needs a CUDA device. At most about twelve minutes.
 bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu --prompts --minutes 2
 	$(BIN)/python -m benchmarks.gpu
 
 # Perplexity under every planner at equal size, about six minutes: make bench-planners TEXT="--text A --held-out B"
