@@ -23,6 +23,7 @@ from benchmarks.server import Server, kvsplice_command, running, vllm_command
 from benchmarks.serving import BENCH, Case, ask, decode_speed
 from calibration.models import default_model
 from vllm_kvsplice.artifact import load_artifact
+from vllm_kvsplice.engines.triton.tables import reads_fast
 from vllm_kvsplice.serving.backend import UNEVEN
 
 RESULTS = Path(__file__).parent / "results" / "gpu_server.csv"
@@ -71,7 +72,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here; run this on a machine with one")
     case = Case("gpu", options.requests, options.prompt, options.answer)
-    if any(codec.spacing is None for codec in load_artifact(options.artifact).codecs.values()):
+    if not all(map(reads_fast, load_artifact(options.artifact).codecs.values())):
         sys.exit(f"{options.artifact}: {UNEVEN}")
     model = options.model or default_model()
     common = ("--max-model-len", str(case.prompt + case.answer + 16), "--dtype", "bfloat16")

@@ -31,6 +31,7 @@ from tests.engines.device import DEVICE, OnDevice
 from vllm_kvsplice.engines import Batch, reference, triton
 from vllm_kvsplice.engines.triton import TritonEngine
 from vllm_kvsplice.engines.triton.kernels import attention, prompt
+from vllm_kvsplice.engines.triton.tables import reads_fast
 
 pytestmark = pytest.mark.triton
 
@@ -85,6 +86,11 @@ def test_splits_are_merged_a_few_at_a_time(engine, monkeypatch):
     monkeypatch.setattr(triton, "MERGED_NUMBERS", 2 * case.dim)
     monkeypatch.setattr(triton, "_splits", lambda programs, places: 5)
     checks.check_attention(engine, case)
+
+
+def test_only_evenly_spaced_levels_without_eight_bits_are_read_fast():
+    codecs = [Case(widths=widths, uniform=uniform).codec() for widths in (NARROW, (3, 8)) for uniform in (True, False)]
+    assert [reads_fast(codec) for codec in codecs] == [True, False, False, False]
 
 
 def test_prompts_go_on_from_segment_to_segment(engine, monkeypatch):

@@ -35,6 +35,7 @@ from vllm_kvsplice.artifact import Artifact
 from vllm_kvsplice.codec import LayerCodec
 from vllm_kvsplice.engines import Batch, Window, cpu, get_engine
 from vllm_kvsplice.engines.triton import SEGMENT_BYTES, WORKSPACE
+from vllm_kvsplice.engines.triton.tables import reads_fast
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.serving.graphs import StepBuffer, graph_support
 from vllm_kvsplice.serving.plugin import BLOCK_MULTIPLE, chosen_block_sizes, served_artifact
@@ -342,7 +343,7 @@ def _as_pages(kv_cache: Tensor) -> Tensor:
 
 
 UNEVEN = (
-    "some layers have levels that are not evenly spaced, which GPUs read far more slowly; "
+    "some layers have levels that are not evenly spaced, or groups of eight bits, which GPUs read far more slowly; "
     "for even ones: kvsplice calibrate MODEL --out DIR --fit pca_uniform"
 )
 _announced: VllmConfig | None = None
@@ -360,7 +361,7 @@ def _announce(vllm_config: VllmConfig, block_size: int) -> None:
     windows = sum(isinstance(layer, WindowLayer) for layer in layers)
     dense = len(layers) - windows - len(bound)
     logger.info("KVSplice is in use: %s", describe(artifact, len(bound), dense, settings.engine))
-    if settings.engine == "triton" and any(layer.codec.spacing is None for layer in bound):
+    if settings.engine == "triton" and not all(reads_fast(layer.codec) for layer in bound):
         logger.warning("KVSplice: %s", UNEVEN)
     if cpu.native is None and not torch.cuda.is_available():
         logger.warning("KVSplice: %s", cpu.MISSING)

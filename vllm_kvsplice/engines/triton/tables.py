@@ -116,6 +116,11 @@ class Partial(NamedTuple):
     sink_scores: Tensor
 
 
+def reads_fast(codec: LayerCodec) -> bool:
+    """Whether kernels multiply codes as they are, which is where levels are evenly spaced and no group has eight bits."""
+    return codec.spacing is not None and MAX_WIDTH not in codec.layout.widths
+
+
 def tables_of(codec: LayerCodec) -> Tables:
     """Of `codec`, on its device."""
 
@@ -180,7 +185,7 @@ def _group_bytes(codec: LayerCodec) -> Tensor:
 
 def _uniform(codec: LayerCodec) -> tuple[Tensor | None, Tensor | None]:
     """`Tables.step` and `Tables.offset`, or None twice."""
-    if codec.spacing is None or MAX_WIDTH in codec.layout.widths:
+    if codec.spacing is None or not reads_fast(codec):
         return None, None
     step, offset = codec.spacing
     step = step / (1 << _missing_bits(codec))
