@@ -303,10 +303,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 @lru_cache
 def _stages(device: torch.device) -> int:
-    """How many tiles of prompts the GPU's shared memory holds."""
+    """How many tiles of prompts are under way: three where two programs of the largest then share a multiprocessor."""
     if device.type != "cuda":
         return 2
-    return 2 if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 160 << 10 else 3
+    return 3 if torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 224 << 10 else 2
 
 
 def _tiles(count: int, size: int) -> int:
