@@ -44,12 +44,20 @@ class OnDevice:
         brought_back(there, pages)
 
     def attend(
-        self, codec: LayerCodec, query: Tensor, pages: Tensor, batch: Batch, scale: float, window: Window | None
+        self,
+        codec: LayerCodec,
+        query: Tensor,
+        pages: Tensor,
+        batch: Batch,
+        scale: float,
+        window: Window | None,
+        output: Tensor | None = None,
     ) -> Tensor:
         if window:
             window = replace(window, pages=moved(window.pages), block_table=moved(window.block_table))
         batch = Batch(*map(moved, (batch.query_start, batch.seq_lens, batch.block_table)), batch.longest)
-        return self._engine.attend(self._codec(codec), moved(query), moved(pages), batch, scale, window).cpu()
+        found = self._engine.attend(self._codec(codec), moved(query), moved(pages), batch, scale, window).cpu()
+        return found if output is None else output.copy_(found)
 
     def _codec(self, codec: LayerCodec) -> LayerCodec:
         if DEVICE.type == "cpu":

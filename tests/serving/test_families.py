@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from benchmarks.server import Server, kvsplice_command
 from calibration.models import load_model
 from calibration.pipeline import calibrate
 from calibration.recipe import CalibrationConfig
+from tests.engines.device import OnDevice
 from tests.models import TEXT, tiny_model, tiny_tokenizer
 from tests.serving.inside import answers, vllm_inside
 from tests.serving.requests import Answer, ask, ask_all, hf_prompt_logprobs, largest_difference
 from vllm_kvsplice.artifact import load_artifact
-from vllm_kvsplice.engines import DEFAULT_WINDOW
+from vllm_kvsplice.codec import LayerCodec
+from vllm_kvsplice.engines import DEFAULT_WINDOW, ENGINES
 
 pytestmark = pytest.mark.server
 
@@ -79,6 +82,32 @@ def test_vllm_computes_what_the_hugging_face_path_does(
         assert section["digest"] == load_artifact(models[family] / "kvsplice").digest
         alone = [answers(engine, [prompt], 16, salt=f"{i}")[0] for i, prompt in enumerate(prompts)]
         check(models[family], prompts, alone, answers(engine, prompts, 16, salt="batch"))
+
+
+@pytest.mark.triton
+def test_vllm_computes_the_same_with_the_gpus_kernels(
+    monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: list[list[int]]
+) -> None:
+    """Interpreted where there is no GPU, in steps of 96 tokens: the second holds two answers and the end of a prompt."""
+    attended = []
+
+    class Recording(OnDevice):
+        def attend(self, codec: LayerCodec, query: torch.Tensor, *rest: Any) -> torch.Tensor:
+            attended.append((len(query), len(rest[1].seq_lens)))
+            return super().attend(codec, query, *rest)
+
+    monkeypatch.setitem(ENGINES, "triton", Recording())
+    settings = {"kvsplice": {"engine": "triton"}}
+    with vllm_inside(
+        models["llama"], max_model_len=LENGTH, max_num_batched_tokens=96, additional_config=settings
+    ) as engine:
+        found = answers(engine, prompts[:3], 2)
+    assert {(2, 2), (65, 1)} <= set(attended)
+    model, _ = load_model(str(models["llama"]), torch.float32)
+    artifact = load_artifact(models["llama"] / "kvsplice")
+    for prompt, answer in zip(prompts, found, strict=False):
+        expected = torch.tensor(hf_prompt_logprobs(model, prompt, artifact, DEFAULT_WINDOW))
+        assert (torch.tensor(answer.prompt_logprobs) - expected).abs().median() < 0.01
 
 
 def check(directory: Path, prompts: list[list[int]], alone: list[Answer], batched: list[Answer]) -> None:
