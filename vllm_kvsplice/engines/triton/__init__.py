@@ -24,9 +24,9 @@ PRODUCT_ROWS, COLUMNS, STEP = 16, 64, 32
 # Columns of the merge, and numbers of the splits' sums that it reads at once for a row.
 MERGED_COLUMNS, MERGED_NUMBERS = 32, 1024
 # Float32 numbers that a large step takes for each number of its queries: absorbed, one split, the window's part, output;
-# and bytes that prompts take, of a segment that is made readable.
+# and bytes of the segment that prompts rebuild.
 WORKSPACE, SEGMENT_BYTES = 4, 128 << 20
-# Rows of a sequence and KV head from which unpacking for all rows at once is cheaper than for every few of them.
+# Rows of a sequence and KV head from which rebuilding for all at once is taken for cheaper than unpacking for every few.
 PROMPT_ROWS = 64
 
 
