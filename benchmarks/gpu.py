@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -252,8 +253,8 @@ def measure_prompts(only: str, seconds: float) -> Iterator[dict[str, object]]:
         load = Load(shape, 1, context, 3.0, uniform, chunk)
         if only not in load.name or perf_counter() > until:
             continue
-        layer, engine = Layer.of(load, device, 1), TritonEngine()
-        step = microseconds(lambda: layer.attend(engine, layer.pages[0]))  # noqa: B023
+        layer = Layer.of(load, device, 1)
+        step = microseconds(partial(layer.attend, TritonEngine(), layer.pages[0]))
         bf16 = dense_prompt(load, device)
         row = {"shape": shape, "chunk": chunk, "context": context, "bits": load.bits}
         row |= {"levels": "uniform" if uniform else "any", "us": f"{step:.1f}"}
