@@ -191,7 +191,7 @@ def _attend_by_segments(
     assert pages.stride()[1:] == (pages.shape[2], 1)
     words, tables, kv_heads = pages.view(torch.int32), _prepared(codec), codec.num_kv_heads
     (tokens, heads, dim), number, page = query.shape, len(batch.seq_lens), pages.shape[2]
-    padded, sequences, rows = _padded(dim), _sequences(batch), tokens * heads // kv_heads
+    padded, sequences, exact, rows = _padded(dim), _sequences(batch), _exact(window), tokens * heads // kv_heads
     tiling = _tiling(PROMPT_TILINGS, dim, len(tables.fields), _tiles(rows, number))
     longest = batch.block_table.shape[1] * page
     if batch.longest is not None:
@@ -209,7 +209,7 @@ def _attend_by_segments(
             PLANES=len(tables.fields), COLUMNS=min(STEP, padded), num_warps=4,
         )  # fmt: skip
         _prompt().prompt_kernel[rows // tiling.rows + number, kv_heads](
-            query, sequences, _exact(window), segment, state, output, number, scale, *query.stride()[:2],
+            query, sequences, exact, segment, state, output, number, scale, *query.stride()[:2],
             output.stride(0), GROUP=heads // kv_heads, HEAD_DIM=dim, D=padded, ROWS=tiling.rows, TILE=tiling.tokens,
             EXACT_PAGE=window.pages.shape[2] if window else 0, WHOLE_CHUNK=bool(window and window.whole_chunk),
             FIRST=begin == 0, LAST=begin + size >= longest, num_warps=tiling.warps,

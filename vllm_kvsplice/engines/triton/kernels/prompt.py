@@ -11,7 +11,7 @@ import triton.language as tl
 from vllm_kvsplice.engines.triton.kernels.codes import look_up, unpack
 from vllm_kvsplice.engines.triton.kernels.means import turn
 from vllm_kvsplice.engines.triton.kernels.rows import LOG2_E, read_by, rows_of
-from vllm_kvsplice.engines.triton.kernels.softmax import HEADROOM
+from vllm_kvsplice.engines.triton.kernels.softmax import softmax_rows
 
 
 @triton.jit
@@ -85,16 +85,6 @@ def segment_tile(segment, places, position, end, dim, D: tl.constexpr, MASKED: t
         read = (position < end)[:, None]
         return tl.load(keys, read, 0), tl.load(values, read, 0)
     return tl.load(keys), tl.load(values)
-
-
-@triton.jit
-def softmax_rows(scores, top, total):
-    """`softmax.softmax_step` for scores [rows, tokens]."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    # Rows that have read nothing have no maximum.
-    base = tl.where(new_top == float("-inf"), 0, new_top)
-    probability, factor = tl.exp2(scores - base[:, None] + HEADROOM), tl.exp2(top - base)
-    return probability.to(tl.float16), new_top, total * factor + tl.sum(probability, 1), factor
 
 
 @triton.jit

@@ -18,6 +18,16 @@ def softmax_step(scores, top, total):
 
 
 @triton.jit
+def softmax_rows(scores, top, total):
+    """`softmax_step` for scores [rows, tokens]; probabilities in float16."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    # Rows that have read nothing have no maximum.
+    base = tl.where(new_top == float("-inf"), 0, new_top)
+    probability, factor = tl.exp2(scores - base[:, None] + HEADROOM), tl.exp2(top - base)
+    return probability.to(tl.float16), new_top, total * factor + tl.sum(probability, 1), factor
+
+
+@triton.jit
 def normalised(sums, top, total, headroom):
     """`sums` [N, rows] for weights of sum 1, and the base-2 logarithm of the sum of exponentials; -inf where none was read.
 
