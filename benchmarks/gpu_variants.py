@@ -1,10 +1,11 @@
 """Compile the GPU engine's kernels as it would launch them, on any machine, and count what came out.
 
     python -m benchmarks.gpu_variants [--corners] [--json]
+    python -m benchmarks.gpu_variants --unrehearsed
 
 One row for each variant and target: registers, spilled bytes and shared memory as ptxas reports them, and for attention the
 instructions that a lane issues in the loop over stored tokens, for each latent of a token; `local` are those that read or
-write spilled values. Needs no GPU.
+write spilled values. `--unrehearsed` names instead what a server would compile while requests wait. Needs no GPU.
 """
 
 import argparse
@@ -14,9 +15,10 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -42,6 +44,8 @@ KERNELS = {
     **dict.fromkeys(("absorb_kernel", "attend_kernel", "finish_kernel"), attention),
     **dict.fromkeys(("rebuild_kernel", "prompt_kernel"), prompt),
 }
+# Of a sequence in any variant here.
+MOST_QUERIES = 64
 # Widths whose codes have one, two and three planes.
 PLANES = {1: (2, 4), 2: (2, 3, 4, 5), 3: (2, 3, 7)}
 
@@ -97,6 +101,10 @@ class Launch:
     def options(self) -> dict[str, Any]:
         return {name: value for name, value in self.constants.items() if name not in self.kernel.arg_names}
 
+    def key(self) -> tuple[str, ...]:
+        """The same for launches that share what is compiled."""
+        return self.name, self.source().hash(), str(sorted(self.options.items()))
+
     def source(self) -> ASTSource:
         """What Triton would compile for this launch."""
         names, values = self.kernel.arg_names, [*self.arguments]
@@ -104,7 +112,7 @@ class Launch:
         given = len(self.arguments)
         types = [kind(value) if i < given else "constexpr" for i, value in enumerate(values)]
         constants = {(i,): values[i] for i, name in enumerate(types) if name == "constexpr"}
-        free = {i for i, parameter in enumerate(self.kernel.params) if parameter.do_not_specialize}
+        free = {i for i, p in enumerate(self.kernel.params) if p.do_not_specialize or p.do_not_specialize_on_alignment}
         aligned = {
             path: [["tt.divisibility", 16]]
             for i in range(given)
@@ -126,7 +134,7 @@ def divisible(value: Any, path: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     if isinstance(value, tuple):
         for i, part in enumerate(value):
             yield from divisible(part, (*path, i))
-    elif isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+    elif (type(value) is int and value % 16 == 0) or (isinstance(value, Tensor) and value.data_ptr() % 16 == 0):
         yield path
 
 
@@ -142,32 +150,61 @@ class Recorder:
         )
 
 
-def launches(variant: Variant) -> list[Launch]:
-    """What the engine launches for two sequences of a model with two KV heads."""
+def launches(work: Callable[[], None]) -> list[Launch]:
+    """What the engine launches for it."""
     found: list[Launch] = []
     patches = [patch.object(m, n, Recorder(n, getattr(m, n), found)) for n, m in KERNELS.items()]
     for each in patches:
         each.start()
     try:
-        step(variant)
+        work()
     finally:
         for each in patches:
             each.stop()
     return found
 
 
-def step(variant: Variant) -> None:
-    heads, tokens, engine = 2, 2 * variant.queries, TritonEngine()
-    codec = make_codec(heads, variant.dim, PLANES[variant.planes], uniform=variant.uniform)
-    query = torch.zeros(tokens, heads * variant.group, variant.dim, dtype=variant.dtype)
-    key = torch.zeros(tokens, heads, variant.dim, dtype=variant.dtype)
-    slots, pages = torch.arange(tokens), torch.zeros(4, codec.layout.token_bytes, variant.block, dtype=torch.uint8)
-    raw = torch.zeros(4, heads, 16, 2 * variant.dim, dtype=variant.dtype)
-    table = torch.zeros(2, 16, dtype=torch.int32)
-    batch = Batch(torch.arange(3, dtype=torch.int32) * variant.queries, torch.full((2,), 64, dtype=torch.int32), table)
-    engine.write(codec, key, key, slots, slots, pages)
-    engine.write_window(key, key, slots, raw)
-    engine.attend(codec, query, pages, batch, 0.1, Window(variant.window, raw, table) if variant.window else None)
+class Layer:
+    """One of a model with two KV heads, and two sequences."""
+
+    def __init__(self, variant: Variant) -> None:
+        heads, dim, dtype = 2, variant.dim, variant.dtype
+        self.variant, self.engine = variant, TritonEngine()
+        self.codec = make_codec(heads, dim, PLANES[variant.planes], uniform=variant.uniform)
+        self.query = torch.zeros(2 * MOST_QUERIES, heads * variant.group, dim, dtype=dtype)
+        self.key = torch.zeros(2 * MOST_QUERIES, heads, dim, dtype=dtype)
+        self.pages = torch.zeros(4, self.codec.layout.token_bytes, variant.block, dtype=torch.uint8)
+        self.table = torch.zeros(2, 17, dtype=torch.int32)
+        raw = torch.zeros(4, heads, 16, 2 * dim, dtype=dtype)
+        self.window = Window(variant.window, raw, self.table) if variant.window else None
+
+    def step(self, part: slice = slice(2)) -> None:
+        """Of the sequences `part`, each with as many tokens as the variant says."""
+        queries, count = self.variant.queries, len(range(2)[part])
+        start, lengths = torch.arange(3, dtype=torch.int32) * queries, torch.full((2,), 64, dtype=torch.int32)
+        batch = Batch(start[part.start or 0 :][: count + 1], lengths[part], self.table[part])
+        window = replace(self.window, block_table=self.table[part]) if self.window else None
+        key, query, slots = self.key[: count * queries], self.query[: count * queries], torch.arange(count * queries)
+        self.engine.write(self.codec, key, key, slots, slots, self.pages)
+        if window:
+            self.engine.write_window(key, key, slots, window.pages)
+        self.engine.attend(self.codec, query, self.pages, batch, 0.1, window, torch.empty_like(query))
+
+    def rehearse(self) -> None:
+        self.engine.rehearse(self.codec, self.query, self.key, self.key, self.variant.block, self.window)
+
+
+def unrehearsed() -> set[str]:
+    """Kernels of which steps launch variants that `TritonEngine.rehearse` does not."""
+    found = set()
+    for variant in (Variant(128, 4, uniform=True), Variant(64, 3, planes=3), Variant(256, 8, window=0)):
+        rehearsed = {launch.key() for launch in launches(Layer(variant).rehearse)}
+        for queries in (1, 2, 5, 12, 13, MOST_QUERIES):
+            layer = Layer(replace(variant, queries=queries))
+            for part in (slice(2), slice(1, 2)):
+                made = launches(partial(layer.step, part))
+                found |= {f"{launch.name} of {layer.variant}" for launch in made if launch.key() not in rehearsed}
+    return found
 
 
 def compiled(launch: Launch, target: str) -> dict[str, Any]:
@@ -218,11 +255,9 @@ def rows(variants: list[Variant]) -> Iterator[dict[str, Any]]:
     """Each different kernel once."""
     seen = set()
     for variant in variants:
-        for launch in launches(variant):
-            source = launch.source()
-            key = (launch.name, source.hash(), str(launch.options))
-            if key not in seen:
-                seen.add(key)
+        for launch in launches(Layer(variant).step):
+            if launch.key() not in seen:
+                seen.add(launch.key())
                 yield from ({"variant": str(variant), **compiled(launch, target)} for target in TARGETS)
 
 
@@ -230,7 +265,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corners", action="store_true", help="only the largest variants for heads of 128")
     parser.add_argument("--json", action="store_true", help="one list instead of a line for each row")
+    parser.add_argument("--unrehearsed", action="store_true", help="kernels that no start of a server has compiled")
     options = parser.parse_args()
+    if options.unrehearsed:
+        print(*sorted(unrehearsed()), sep="\n")
+        return
     found = []
     for row in rows(CORNERS if options.corners else ALL):
         found.append(row)

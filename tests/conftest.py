@@ -17,13 +17,14 @@ from calibration.models import default_model
 from calibration.planners import make_plan
 from calibration.recipe import CalibrationConfig
 from calibration.study import Study, study
+from tests.serving.inside import CACHE_BYTES
 from vllm_kvsplice.artifact import save_artifact
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-# Servers of the tests are small: what they hold is a few thousand tokens. Kernels are interpreted in tests alone.
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "TRITON_INTERPRET": "0"}
+# Kernels are interpreted in tests alone.
+ENVIRONMENT = {"TRITON_INTERPRET": "0"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,8 +66,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[dict[s
         def begin(commands: dict[str, list[str]]) -> dict[str, Server]:
             # One core each, which is what vLLM chooses on two, but it chooses the same for all.
             cores = cycle(sorted(os.sched_getaffinity(0)))
+            memory = ["--kv-cache-memory-bytes", str(CACHE_BYTES)]
             servers = [
-                running(command, folder / f"{name}.log", ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": str(core)})
+                running(
+                    [*command, *memory], folder / f"{name}.log", {"VLLM_CPU_OMP_THREADS_BIND": str(core), **ENVIRONMENT}
+                )
                 for (name, command), core in zip(commands.items(), cores, strict=False)
             ]
             with ThreadPoolExecutor(len(commands)) as pool:

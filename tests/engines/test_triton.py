@@ -31,7 +31,7 @@ from tests.engines.device import DEVICE, OnDevice
 from vllm_kvsplice.engines import Batch, reference, triton
 from vllm_kvsplice.engines.triton import TritonEngine
 from vllm_kvsplice.engines.triton.kernels import attention, prompt
-from vllm_kvsplice.engines.triton.tables import reads_fast
+from vllm_kvsplice.engines.triton.tables import State, reads_fast
 
 pytestmark = pytest.mark.triton
 
@@ -95,6 +95,8 @@ def test_only_evenly_spaced_levels_without_eight_bits_are_read_fast():
 
 def test_prompts_go_on_from_segment_to_segment(engine, monkeypatch):
     monkeypatch.setattr(triton, "SEGMENT_BYTES", 1)
+    monkeypatch.setattr(triton, "State", lambda *tensors: State(*(x.fill_(torch.nan) for x in tensors)))
+    checks.check_attention(engine, Case(((150, 150),), heads=1, group=1, window=100))
     checks.check_attention(engine, Case(((70, 300), (66, 66), (70, 129)), heads=1, group=1, window=6))
     checks.check_attention(engine, Case(((40, 300),), heads=2, group=2, dim=128, block=48))
 
@@ -236,13 +238,21 @@ def test_the_gpu_benchmark_checks_what_it_measures(monkeypatch):
         gpu.check(DEVICE, context=128)
 
 
-def test_kernels_hardly_ever_need_spilled_registers_on_sm_80_and_sm_90():
-    """In a process of its own: here kernels are interpreted."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_variants", "--corners", "--json"]
+def gpu_variants(*options: str) -> str:
+    """What `benchmarks.gpu_variants` prints, in a process of its own: here kernels are interpreted."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_variants", *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    return done.stdout
+
+
+def test_no_request_waits_for_a_compiler():
+    assert gpu_variants("--unrehearsed").split() == []
+
+
+def test_kernels_hardly_ever_need_spilled_registers_on_sm_80_and_sm_90():
+    rows = json.loads(gpu_variants("--corners", "--json"))
     assert {row["target"] for row in rows} == {"sm_80", "sm_90"}
     assert {row["kernel"] for row in rows} == {"encode", "copy", "absorb", "attend", "finish", "rebuild", "prompt"}
     for row in rows:

@@ -9,16 +9,19 @@ import pytest
 
 from tests.serving.requests import Answer
 
+# Of every server in the tests, so that six of them fit a small machine: they hold a few thousand tokens.
+CACHE_BYTES = 1 << 28
+
 
 @contextmanager
 def vllm_inside(model: Path, **options: Any) -> Iterator[Any]:
     """vLLM's `LLM` of `model`, eager and in float32, compressed by the artifact inside the model's directory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         from vllm import LLM
 
-        engine = LLM(str(model), dtype="float32", enforce_eager=True, attention_backend="CUSTOM", **options)
+        always = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": CACHE_BYTES}
+        engine = LLM(str(model), attention_backend="CUSTOM", **always, **options)
         try:
             yield engine
         finally:

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.server import Server, kvsplice_command, vllm_command
 from calibration.models import load_model
+from tests.serving.inside import CACHE_BYTES
 from tests.serving.requests import Answer, ask, ask_all, hf_prompt_logprobs, largest_difference
 from vllm_kvsplice.artifact import load_artifact
 from vllm_kvsplice.engines import DEFAULT_WINDOW
@@ -85,7 +86,7 @@ def test_every_layer_is_compressed_and_the_blocks_grow(stock: Server, four_bits:
     artifact = load_artifact(smollm_artifact)
     # float32 takes 32 bits an element, here and on the stock server.
     block = max(BLOCK * artifact.bytes_per_token, int(raw[1]) * 2 * artifact.baseline_bytes_per_token)
-    assert int(four_bits.cache_config()["num_gpu_blocks"]) == (1 << 30) // block
+    assert int(four_bits.cache_config()["num_gpu_blocks"]) == CACHE_BYTES // block
     assert four_bits.cache_tokens() / stock.cache_tokens() >= 6
 
 

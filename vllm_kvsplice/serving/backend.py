@@ -34,7 +34,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from vllm_kvsplice.artifact import Artifact
 from vllm_kvsplice.codec import LayerCodec
 from vllm_kvsplice.engines import Batch, Window, cpu, get_engine
-from vllm_kvsplice.engines.triton import SEGMENT_BYTES, WORKSPACE
+from vllm_kvsplice.engines.triton import SEGMENT_BYTES, WORKSPACE, TritonEngine
 from vllm_kvsplice.engines.triton.tables import reads_fast
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.serving.graphs import StepBuffer, graph_support
@@ -228,6 +228,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         self.codec: LayerCodec
         self._window: WindowLayer | None = None
         self._viewed: tuple[Tensor, Tensor] | None = None
+        self._rehearsed = False
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Bind this layer to its codec: only now does vLLM let an implementation learn whose it is."""
@@ -293,6 +294,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
             if query.is_cuda:
                 # By such steps vLLM measures how much memory a step takes: take what attention would.
                 query.new_empty(SEGMENT_BYTES + 4 * WORKSPACE * query.numel(), dtype=torch.uint8)
+            self._rehearse(query, key, value)
             return output.zero_()
         count = attn_metadata.positions.shape[0]
         window = self._exact(key, value)
@@ -306,6 +308,20 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         if count < output.shape[0]:
             output[count:] = 0
         return output
+
+    def _rehearse(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Have kernels compiled before there are caches, once: graphs will hold a part of them only."""
+        config, settings, before = self._vllm_config, self._settings, self._rehearsed
+        self._rehearsed = True
+        if before or not isinstance(self._engine, TritonEngine) or not config.kernel_config.enable_jit_warmup:
+            return
+        window = None
+        if settings.recent_window:
+            assert settings.window_block is not None
+            pages = key.new_zeros(1, self.num_kv_heads, settings.window_block, 2 * self.head_size)
+            table = pages.new_zeros(1, 2, dtype=torch.int32)
+            window = Window(settings.recent_window, pages, table, settings.prefill == "exact")
+        self._engine.rehearse(self.codec, query, key, value, config.cache_config.block_size, window)
 
     def _pages(self, kv_cache: Tensor) -> Tensor:
         """`kv_cache` as `_as_pages` gives it, made once for the cache that vLLM passes at every step."""

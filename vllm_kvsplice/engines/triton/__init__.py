@@ -134,6 +134,34 @@ class TritonEngine:
                 _finish(codec, partial, batch, bool(window), output)
         return output
 
+    def rehearse(
+        self, codec: LayerCodec, query: Tensor, key: Tensor, value: Tensor, page: int, window: Window | None
+    ) -> None:
+        """Launch what steps launch, for a sequence without tokens: Triton compiles it, and no request has to wait.
+
+        Args:
+            codec: of this layer and rank.
+            query, key, value: of T tokens, as in a step that computes most of them; not read.
+            page: tokens of a block.
+            window: with pages of its type, and a block table of two blocks or more.
+
+        """
+        nothing = query.new_zeros(2, dtype=torch.int32)
+        batch = Batch(nothing, nothing[:1], nothing[None], page)
+        pages = query.new_zeros(1, codec.layout.token_bytes, page, dtype=torch.uint8)
+        slots, output = query.new_full(query.shape[:1], -1, dtype=torch.int64), query.new_empty(query.shape)
+        for count in (1, len(query)):
+            first = slice(count)
+            self.write(codec, key[first], value[first], slots[first], slots[first], pages)
+        if window:
+            self.write_window(key, value, slots, window.pages)
+        prompt = _tiles(PROMPT_ROWS * codec.num_kv_heads, query.shape[1])
+        for count in {min(1 << power, prompt, len(query)) for power in range(_power(prompt).bit_length())}:
+            self.attend(codec, query[:count], pages, batch, 1.0, window, output[:count])
+        for power in range(MOST_SPLITS.bit_length()):
+            partial = _partial(query[:1], (1 << power) + bool(window))
+            _finish(codec, partial, batch, bool(window), output[:1])
+
 
 def _absorb(codec: LayerCodec, query: Tensor) -> Tensor:
     """D_K^T q, float32 of `query`'s shape."""
@@ -168,7 +196,7 @@ def _read(
     splits = _splits(used * kv_heads, tiling.resident * _multiprocessors(query.device))
     partial = _partial(query, splits + bool(window))
     _attention().attend_kernel[tiles, kv_heads, splits + bool(window)](
-        query, absorbed, words, _sequences(batch), tables, _exact(window), partial, tokens, number, splits, scale,
+        query, absorbed, words, _sequences(batch, window), tables, _exact(window), partial, tokens, number, splits, scale,
         *query.stride()[:2], words.stride(0), GROUP=heads // kv_heads, HEAD_DIM=dim, D=_padded(dim),
         PAIRS=_padded(dim // 2), ROWS=tile_rows, TILE=math.gcd(pages.shape[2], tiling.tokens), PAGE=pages.shape[2],
         PLANES=planes, EXACT_PAGE=window.pages.shape[2] if window else 0,
@@ -191,7 +219,7 @@ def _attend_by_segments(
     assert pages.stride()[1:] == (pages.shape[2], 1)
     words, tables, kv_heads = pages.view(torch.int32), _prepared(codec), codec.num_kv_heads
     (tokens, heads, dim), number, page = query.shape, len(batch.seq_lens), pages.shape[2]
-    padded, sequences, exact, rows = _padded(dim), _sequences(batch), _exact(window), tokens * heads // kv_heads
+    padded, sequences, exact, rows = _padded(dim), _sequences(batch, window), _exact(window), tokens * heads // kv_heads
     tiling = _tiling(PROMPT_TILINGS, dim, len(tables.fields), _tiles(rows, number))
     longest = batch.block_table.shape[1] * page
     if batch.longest is not None:
@@ -200,7 +228,8 @@ def _attend_by_segments(
     fitting = SEGMENT_BYTES // (4 * number * kv_heads * padded)
     size = max(MAX_TILE, tiling.tokens, min(_power(fitting + 1) // 2, _power(longest)))
     rebuilt = query.new_empty(2, number, kv_heads, size, padded, dtype=torch.float16)
-    state = State(*(query.new_empty(shape, dtype=torch.float32) for shape in (query.shape, *2 * [query.shape[:2]])))
+    held = query.shape if longest > size else (0, heads, dim)
+    state = State(*(query.new_empty(shape, dtype=torch.float32) for shape in (held, held[:2], held[:2])))
     tile = math.gcd(page, MAX_TILE if padded <= 128 else MAX_TILE // 2)
     for begin in range(0, longest, size):
         segment = Segment(rebuilt, begin, size)
@@ -209,11 +238,10 @@ def _attend_by_segments(
             PLANES=len(tables.fields), COLUMNS=min(STEP, padded), num_warps=4,
         )  # fmt: skip
         _prompt().prompt_kernel[rows // tiling.rows + number, kv_heads](
-            query, sequences, exact, segment, state, output, number, scale, *query.stride()[:2],
+            query, sequences, exact, segment, state, output, longest, number, scale, *query.stride()[:2],
             output.stride(0), GROUP=heads // kv_heads, HEAD_DIM=dim, D=padded, ROWS=tiling.rows, TILE=tiling.tokens,
             EXACT_PAGE=window.pages.shape[2] if window else 0, WHOLE_CHUNK=bool(window and window.whole_chunk),
-            FIRST=begin == 0, LAST=begin + size >= longest, num_warps=tiling.warps,
-            num_stages=min(tiling.stages, _stages(query.device)),
+            num_warps=tiling.warps, num_stages=min(tiling.stages, _stages(query.device)),
         )  # fmt: skip
 
 
@@ -248,18 +276,21 @@ def _prompt() -> Any:
     return prompt
 
 
-def _sequences(batch: Batch) -> Sequences:
-    table = batch.block_table
-    return Sequences(batch.query_start, batch.seq_lens, table, table.stride(0))
+def _sequences(batch: Batch, window: Window | None) -> Sequences:
+    table, exact = batch.block_table, window.block_table if window else None
+    assert table.stride(1) == 1
+    assert exact is None or exact.stride(1) == 1
+    strides = table.stride(0), exact.stride(0) if exact is not None else 0
+    return Sequences(batch.query_start, batch.seq_lens, table, strides[0], exact, strides[1])
 
 
 def _exact(window: Window | None) -> Exact | None:
     if window is None:
         return None
-    pages, table = window.pages, window.block_table
-    assert pages.stride(3) == table.stride(1) == 1
+    pages = window.pages
+    assert pages.stride(3) == 1
     page, head, token, _ = pages.stride()
-    return Exact(window.size, pages, table, page, head, token, table.stride(0))
+    return Exact(window.size, pages, page, head, token)
 
 
 def _partial(query: Tensor, splits: int) -> Partial:

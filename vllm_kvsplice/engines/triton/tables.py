@@ -55,24 +55,27 @@ class Tables(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """`Batch` as kernels take it: its tensors, and the block table's stride."""
+    """`Batch` as kernels take it, with the window's block table: tensors, and the tables' strides.
+
+    A step's parts are slices of them that begin anywhere, so kernels are not compiled for how they are aligned.
+    """
 
     query_start: Tensor
     lengths: Tensor
     block_table: Tensor
     table_stride: int
+    exact_table: Tensor | None
+    exact_stride: int
 
 
 class Exact(NamedTuple):
-    """`Window` as kernels take it: tokens, tensors, and strides of the pages and the block table."""
+    """`Window` as kernels take it: tokens, and the pages with their strides."""
 
     size: int
     pages: Tensor
-    block_table: Tensor
     page_stride: int
     head_stride: int
     token_stride: int
-    table_stride: int
 
 
 class Segment(NamedTuple):

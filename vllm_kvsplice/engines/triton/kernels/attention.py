@@ -43,7 +43,7 @@ def absorb_kernel(
 
 @triton.jit
 def attend_exact(
-    query, exact, sequence, rows, real, begin, last, head, scale,
+    query, sequences, exact, sequence, rows, real, begin, last, head, scale,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """The exact tokens from `begin` to `last` [rows]: what `normalised` returns. None if PAGE is 0."""
@@ -52,7 +52,7 @@ def attend_exact(
     if PAGE > 0:
         dim = tl.arange(0, D)
         known = dim < HEAD_DIM
-        block_table = exact.block_table + sequence.to(tl.int64) * exact.table_stride
+        block_table = sequences.exact_table + sequence.to(tl.int64) * sequences.exact_stride
         heads = exact.pages + head * exact.head_stride
         q = load_query(query, rows, dim, known[:, None] & real[None, :])
         end = tl.max(last) + 1
@@ -72,7 +72,7 @@ def attend_exact(
     return normalised(sums, top, total, HEADROOM)
 
 
-@triton.jit(do_not_specialize=["tokens", "number", "splits"])
+@triton.jit(do_not_specialize=["tokens", "number", "splits"], do_not_specialize_on_alignment=["sequences"])
 def attend_kernel(
     query, absorbed, pages, sequences, tables, exact, partial,
     tokens, number, splits, scale, stride_token, stride_head, page_stride,
@@ -105,7 +105,8 @@ def attend_kernel(
         )  # fmt: skip
     else:
         sums, weight = attend_exact(
-            query, exact, sequence, rows, real, until, last, head, score_scale, HEAD_DIM, D, ROWS, TILE, EXACT_PAGE
+            query, sequences, exact, sequence, rows, real, until, last, head, score_scale, HEAD_DIM, D, ROWS, TILE,
+            EXACT_PAGE,
         )  # fmt: skip
     place += split.to(tl.int64) * tokens * (heads * GROUP)
     tl.store(partial.weights + place, weight, real)
@@ -114,7 +115,7 @@ def attend_kernel(
     tl.store(partial.sums + place[None, :] * HEAD_DIM + dim[:, None], sums, written)
 
 
-@triton.jit(do_not_specialize=["rows", "number", "splits"])
+@triton.jit(do_not_specialize=["rows", "number", "splits"], do_not_specialize_on_alignment=["query_start"])
 def finish_kernel(
     partial, tables, query_start, output,
     rows, number, splits, stride_token,

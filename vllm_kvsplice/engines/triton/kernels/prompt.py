@@ -14,7 +14,7 @@ from vllm_kvsplice.engines.triton.kernels.rows import LOG2_E, read_by, rows_of
 from vllm_kvsplice.engines.triton.kernels.softmax import softmax_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sequences"])
 def rebuild_kernel(
     pages, sequences, tables, segment, page_stride,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, PLANES: tl.constexpr,
@@ -46,15 +46,16 @@ def rebuild_kernel(
         dim = part + tl.arange(0, COLUMNS)
         known = dim < HEAD_DIM
         at = half * HEAD_DIM + dim
-        frequency = tl.load(tables.frequencies + kind * HEAD_DIM + dim, known, 0)
-        # The angle in two parts: that of the first token may be large, those from there on are small.
-        cos_first, sin_first = turn(frequency * first.to(tl.float64))
-        angle = token.to(tl.float32)[:, None] * frequency.to(tl.float32)[None, :]
-        cos_on, sin_on = tl.cos(angle), tl.sin(angle)
-        cos = cos_first[None, :] * cos_on - sin_first[None, :] * sin_on
-        sin = sin_first[None, :] * cos_on + cos_first[None, :] * sin_on
-        mean, turned = tl.load(tables.mean + at, known, 0), tl.load(tables.turned + at, known, 0)
-        mean = mean[None, :] * cos + turned[None, :] * sin
+        mean = tl.broadcast_to(tl.load(tables.mean + at, known, 0)[None, :], (TILE, COLUMNS))
+        if kind == 0:
+            frequency = tl.load(tables.frequencies + dim, known, 0)
+            # The angle in two parts: that of the first token may be large, those from there on are small.
+            cos_first, sin_first = turn(frequency * first.to(tl.float64))
+            angle = token.to(tl.float32)[:, None] * frequency.to(tl.float32)[None, :]
+            cos_on, sin_on = tl.cos(angle), tl.sin(angle)
+            cos = cos_first[None, :] * cos_on - sin_first[None, :] * sin_on
+            sin = sin_first[None, :] * cos_on + cos_first[None, :] * sin_on
+            mean = mean * cos + tl.load(tables.turned + at, known, 0)[None, :] * sin
         mean = tl.where(at_sink[:, None], tl.load(tables.sink + at, known, 0)[None, :], mean)
         basis = tables.synthesis + at[None, :] * HEAD_DIM + latent[:, None]
         basis = tl.load(basis, used[:, None] & known[None, :], 0)
@@ -114,12 +115,12 @@ def attend_segment(
 
 @triton.jit
 def attend_raw(
-    q, unit, exact, sequence, head, begin, last, real, top, total, sums,
+    q, unit, sequences, exact, sequence, head, begin, last, real, top, total, sums,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Go on with the exact tokens from `begin` to `last` [rows]."""
     if PAGE > 0:
-        block_table = exact.block_table + sequence.to(tl.int64) * exact.table_stride
+        block_table = sequences.exact_table + sequence.to(tl.int64) * sequences.exact_stride
         end = tl.max(last) + 1
         for first in range(tl.min(tl.where(real, begin, end)), end, TILE):
             position = first + tl.arange(0, TILE)
@@ -131,15 +132,16 @@ def attend_raw(
     return top, total, sums
 
 
-@triton.jit(do_not_specialize=["number"])
+@triton.jit(do_not_specialize=["longest", "number"], do_not_specialize_on_alignment=["sequences"])
 def prompt_kernel(
-    query, sequences, exact, segment, state, output, number, scale, stride_token, stride_head, output_token,
+    query, sequences, exact, segment, state, output, longest, number, scale, stride_token, stride_head, output_token,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    EXACT_PAGE: tl.constexpr, WHOLE_CHUNK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    EXACT_PAGE: tl.constexpr, WHOLE_CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS rows of one sequence and KV head to a segment, and, in the last one, to the exact window.
 
-    Until then `state` holds what was read. Grid: (tiles of rows, H). Programs past a sequence's rows end at once.
+    Until then `state` holds what was read; the last segment reaches `longest`. Grid: (tiles of rows, H). Programs past a
+    sequence's rows end at once.
     """
     # Those that read most begin first.
     tile, head, heads = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -150,7 +152,8 @@ def prompt_kernel(
     real = row < queries * GROUP
     token, query_head = (start + row // GROUP).to(tl.int64), head * GROUP + row % GROUP
     until, last = read_by(sequences, exact, sequence, queries, row, GROUP, EXACT_PAGE, WHOLE_CHUNK)
-    if not (FIRST or LAST) and tl.max(until) <= segment.begin:
+    ends = segment.begin + segment.size >= longest
+    if (not ends) & (tl.max(until) < segment.begin):
         return
 
     dim = tl.arange(0, D)
@@ -161,11 +164,11 @@ def prompt_kernel(
     unit = tl.max(tl.abs(q), 1)
     unit = tl.where(unit > 0, unit, 1)
     q, unit = (q / unit[:, None]).to(tl.float16), unit * scale * LOG2_E
-    top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    sums = tl.zeros((ROWS, D), tl.float32)
     place = token * (heads * GROUP) + query_head
     kept = state.sums + place[:, None] * HEAD_DIM + dim[None, :]
-    if not FIRST:
+    top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS, D), tl.float32)
+    if segment.begin > 0:
         top, total = tl.load(state.top + place, real, float("-inf")), tl.load(state.total + place, real, 0)
         sums = tl.load(kept, known, 0)
     first_key = (sequence * heads + head).to(tl.int64) * segment.size
@@ -173,9 +176,9 @@ def prompt_kernel(
     top, total, sums = attend_segment(
         q, unit, segment, places, until, real, top, total, sums, HEAD_DIM, D, TILE
     )  # fmt: skip
-    if LAST:
+    if ends:
         _, total, sums = attend_raw(
-            q, unit, exact, sequence, head, until, last, real, top, total, sums, HEAD_DIM, D, TILE, EXACT_PAGE
+            q, unit, sequences, exact, sequence, head, until, last, real, top, total, sums, HEAD_DIM, D, TILE, EXACT_PAGE
         )  # fmt: skip
         out = output + (token * output_token + query_head * HEAD_DIM)[:, None] + dim[None, :]
         tl.store(out, (sums / tl.where(real, total, 1)[:, None]).to(output.dtype.element_ty), known)
