@@ -62,6 +62,8 @@ ifeq ($(VARIANT),gpu)
 else
 	$(BIN)/pip install --quiet --no-deps --no-compile -r requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-alias
+# By all cores, which pip does not do. Where PYTHONDONTWRITEBYTECODE is set every process of a server would do it again.
+	$(BIN)/python -m compileall -q -j 0 -x torch/testing $(VENV)/lib
 endif
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
