@@ -40,9 +40,12 @@ def smollm() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm_study(smollm: Path) -> Study:
+def smollm_study(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """SmolLM2, measured on half of the usual text: the tests here are not about quality."""
-    return study(str(smollm), CalibrationConfig(tokens=8192, context=512))
+    folder = tmp_path_factory.getbasetemp()
+    # Of several processes those that come later take what the first has measured.
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    return study(str(smollm), CalibrationConfig(tokens=8192, context=512), shared / "smollm.safetensors")
 
 
 @pytest.fixture(scope="session")
