@@ -17,14 +17,11 @@ from calibration.models import default_model
 from calibration.planners import make_plan
 from calibration.recipe import CalibrationConfig
 from calibration.study import Study, study
-from tests.serving.inside import CACHE_BYTES
+from tests.serving import CACHE_BYTES
 from vllm_kvsplice.artifact import save_artifact
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
-
-# Kernels are interpreted in tests alone.
-ENVIRONMENT = {"TRITON_INTERPRET": "0"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -69,13 +66,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[dict[s
         def begin(commands: dict[str, list[str]]) -> dict[str, Server]:
             # One core each, which is what vLLM chooses on two, but it chooses the same for all.
             cores = cycle(sorted(os.sched_getaffinity(0)))
-            memory = ["--kv-cache-memory-bytes", str(CACHE_BYTES)]
-            servers = [
-                running(
-                    [*command, *memory], folder / f"{name}.log", {"VLLM_CPU_OMP_THREADS_BIND": str(core), **ENVIRONMENT}
-                )
-                for (name, command), core in zip(commands.items(), cores, strict=False)
-            ]
+            servers = []
+            for (name, command), core in zip(commands.items(), cores, strict=False):
+                # Kernels are interpreted in tests alone.
+                environment = {"VLLM_CPU_OMP_THREADS_BIND": str(core), "TRITON_INTERPRET": "0"}
+                memory = ["--kv-cache-memory-bytes", str(CACHE_BYTES)]
+                servers.append(running([*command, *memory], folder / f"{name}.log", environment))
             with ThreadPoolExecutor(len(commands)) as pool:
                 return dict(zip(commands, pool.map(stack.enter_context, servers), strict=True))
 

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.serving import CACHE_BYTES
 from tests.serving.requests import Answer
-
-# Of every server in the tests, so that six of them fit a small machine: they hold a few thousand tokens.
-CACHE_BYTES = 1 << 28
 
 
 @contextmanager

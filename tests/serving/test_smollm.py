@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.server import Server, kvsplice_command, vllm_command
 from calibration.models import load_model
-from tests.serving.inside import CACHE_BYTES
+from tests.serving import CACHE_BYTES
 from tests.serving.requests import Answer, ask, ask_all, hf_prompt_logprobs, largest_difference
 from vllm_kvsplice.artifact import load_artifact
 from vllm_kvsplice.engines import DEFAULT_WINDOW

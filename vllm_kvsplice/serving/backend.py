@@ -294,7 +294,9 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
             if query.is_cuda:
                 # By such steps vLLM measures how much memory a step takes: take what attention would.
                 query.new_empty(SEGMENT_BYTES + 4 * WORKSPACE * query.numel(), dtype=torch.uint8)
-            self._rehearse(query, key, value)
+            if not self._rehearsed:
+                self._rehearse(query, key, value)
+                self._rehearsed = True
             return output.zero_()
         count = attn_metadata.positions.shape[0]
         window = self._exact(key, value)
@@ -310,10 +312,9 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         return output
 
     def _rehearse(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Have kernels compiled before there are caches, once: graphs will hold a part of them only."""
-        config, settings, before = self._vllm_config, self._settings, self._rehearsed
-        self._rehearsed = True
-        if before or not isinstance(self._engine, TritonEngine) or not config.kernel_config.enable_jit_warmup:
+        """Have kernels compiled before there are caches: graphs will hold a part of them only."""
+        config, settings = self._vllm_config, self._settings
+        if not isinstance(self._engine, TritonEngine) or not config.kernel_config.enable_jit_warmup:
             return
         window = None
         if settings.recent_window:

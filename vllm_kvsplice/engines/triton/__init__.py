@@ -155,6 +155,7 @@ class TritonEngine:
             self.write(codec, key[first], value[first], slots[first], slots[first], pages)
         if window:
             self.write_window(key, value, slots, window.pages)
+        # Tiles of tokens hold powers of two of rows, up to where prompts begin.
         prompt = _tiles(PROMPT_ROWS * codec.num_kv_heads, query.shape[1])
         for count in {min(1 << power, prompt, len(query)) for power in range(_power(prompt).bit_length())}:
             self.attend(codec, query[:count], pages, batch, 1.0, window, output[:count])
@@ -280,8 +281,8 @@ def _sequences(batch: Batch, window: Window | None) -> Sequences:
     table, exact = batch.block_table, window.block_table if window else None
     assert table.stride(1) == 1
     assert exact is None or exact.stride(1) == 1
-    strides = table.stride(0), exact.stride(0) if exact is not None else 0
-    return Sequences(batch.query_start, batch.seq_lens, table, strides[0], exact, strides[1])
+    stride = 0 if exact is None else exact.stride(0)
+    return Sequences(batch.query_start, batch.seq_lens, table, table.stride(0), exact, stride)
 
 
 def _exact(window: Window | None) -> Exact | None:
