@@ -17,7 +17,7 @@ FLAGS = {
     "codec.cpp": ["-ffp-contract=off"],
     "avx2.cpp": AVX2,
     "avx512.cpp": AVX512,
-    "amx.cpp": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    "amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 
 

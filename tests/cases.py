@@ -54,13 +54,16 @@ class Case:
     window: int = 0
     window_block: int = 8
     whole_chunk: bool = False
+    # Of queries, keys, values and the exact window.
+    dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         queries, stored = (span(numbers) for numbers in zip(*self.sequences, strict=True))
         widths = span(self.widths) + ("-uniform" if self.uniform else "")
         shape = f"T{queries}-S{stored}-H{self.heads}-G{self.group}-D{self.dim}-N{self.block}-w{widths}"
         window = f"-W{self.window}x{self.window_block}{'-chunk' if self.whole_chunk else ''}" if self.window else ""
-        return f"{shape}-{self.rotary}-{self.sinks}{window}" + (f"-seed{self.seed}" if self.seed else "")
+        dtype = "" if self.dtype == torch.float32 else f"-{str(self.dtype).removeprefix('torch.')}"
+        return f"{shape}-{self.rotary}-{self.sinks}{window}{dtype}" + (f"-seed{self.seed}" if self.seed else "")
 
     @property
     def codec_id(self) -> str:
@@ -288,7 +291,7 @@ def make_step(case: Case, codec: LayerCodec | None = None) -> Step:
         for index, ((queries, stored), blocks) in enumerate(zip(case.sequences, shuffled.split(counts), strict=True))
     ]
     pages = torch.full((3 + sum(counts), codec.layout.token_bytes, case.block), CANARY, dtype=torch.uint8)
-    step = Step(codec, requests, pages, scale=case.dim**-0.5)
+    step = with_tensors(Step(codec, requests, pages, scale=case.dim**-0.5), lambda x: x.to(case.dtype))
     return with_window(step, case, random) if case.window else step
 
 
@@ -296,7 +299,8 @@ def with_window(step: Step, case: Case, random: torch.Generator) -> Step:
     """The same step with pages for the exact window, which hold NaN where nothing was written."""
     counts = [-(-stored // case.window_block) for _, stored in case.sequences]
     shuffled = (3 + torch.randperm(sum(counts), generator=random)).split(counts)
-    pages = torch.full((3 + sum(counts), case.heads, case.window_block, 2 * case.dim), torch.nan)
+    shape = (3 + sum(counts), case.heads, case.window_block, 2 * case.dim)
+    pages = torch.full(shape, torch.nan, dtype=case.dtype)
     requests = [replace(r, window_blocks=blocks) for r, blocks in zip(step.requests, shuffled, strict=True)]
     return replace(step, requests=requests, window_size=case.window, window_pages=pages, whole_chunk=case.whole_chunk)
 

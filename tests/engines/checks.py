@@ -23,6 +23,8 @@ from vllm_kvsplice.engines import Engine
 # engine's queries have 16 bits and its probabilities 15: 7.8e-5; with AMX, where the mean keys of prompts have 16 bits as
 # well: 1.8e-4. bfloat16 rounds by 2e-3.
 ORACLE_LIMIT, CPU_ORACLE_LIMIT = 5e-6, 2e-4
+# Very many rows of a bfloat16 model read keys in bfloat16 with AMX: 1.3e-3.
+BFLOAT16_LIMIT = 2e-3
 # Between two float32 runs of the reference that only sum in another order; measured: 1.8e-7. The CPU engine promises the
 # same bits, but not with AMX, which multiplies many rows in one way and few in another.
 ORDER_LIMIT = 1e-6
@@ -31,7 +33,9 @@ STEP = Case(MIXED)
 WINDOWED = Case(MIXED, window=16)
 
 
-def oracle_limit(engine: Engine) -> float:
+def oracle_limit(engine: Engine, case: Case = STEP) -> float:
+    if getattr(engine, "isa", None) == "amx" and case.dtype == torch.bfloat16:
+        return BFLOAT16_LIMIT
     return getattr(engine, "oracle_limit", CPU_ORACLE_LIMIT if hasattr(engine, "isa") else ORACLE_LIMIT)
 
 
@@ -82,7 +86,7 @@ def check_chunks(engine: Engine, case: Case = STEP) -> None:
 def check_attention(engine: Engine, case: Case = STEP) -> None:
     """Attention over pages is dense attention over what the codec restores."""
     step = make_step(case).store(engine)
-    expect_close(step.attend(engine), step.oracle(), oracle_limit(engine), f"attention equals the oracle, {case}")
+    expect_close(step.attend(engine), step.oracle(), oracle_limit(engine, case), f"attention equals the oracle, {case}")
 
 
 def check_poison(engine: Engine, case: Case = STEP) -> None:

@@ -278,6 +278,26 @@ def test_few_rows_with_amx_give_the_bits_of_avx512(group, dim):
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(((150, 150), (50, 700)), group=3, dim=64, block=64, rotary=rotary, window=9) for rotary in ROTARIES),
+        *(Case(((40, 620), (300, 300)), heads=1, group=4, dim=dim, block=64) for dim in (32, 40, 96, 128, 256)),
+        # Rows of several blocks, whole and in pairs of groups of sixteen and not; widths that leave latents out, or all.
+        Case(((1100, 1300),), heads=1, group=1, dim=64, block=128, window=32, window_block=16),
+        Case(((130, 1500), (145, 1100), (160, 513)), group=1, dim=64, block=48, widths=(0, 1, 5)),
+        Case(((200, 600),), group=1, widths=(0,)),
+        Case(((300, 300),), group=2, dim=64, window=32, whole_chunk=True),
+    ],
+    ids=str,
+)
+def test_prompts_of_bfloat16_models_read_what_the_codec_restores(isa, case):
+    case = replace(case, dtype=torch.bfloat16)
+    check_attention(CpuEngine(isa), case)
+    check_poison(CpuEngine(isa), case)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
 def test_latents_that_float32_cannot_tell_from_a_threshold_get_the_references_codes(isa):
     random = torch.Generator().manual_seed(0)
     direction = torch.nn.functional.normalize(torch.randn(64, generator=random), dim=0)

@@ -7,7 +7,7 @@ namespace kvsplice {
 namespace {
 
 // Query rows of a block, and of a register.
-constexpr int kManyRows = 192, kLanes = 16;
+constexpr int kManyRows = 1024, kLanes = 16;
 constexpr int kTileBytes = 16 * 64;
 // bfloat16 numbers of a tile's row, and of a tile.
 constexpr int kDepth = 32, kTileNumbers = 16 * kDepth;
@@ -116,14 +116,14 @@ inline Rows synthesis_from(const Half& half, int row) {
 }
 
 // out [64, 16] += a [64, 32 depth] x b [32 depth, 16], but for the product of what both leave.
-KV_INLINE void multiply(const Rows& a, const Columns& b, int depth, float* out) {
+KV_INLINE void multiply(const Rows& a, const Columns& b, int depth, float* out, int64_t out_stride = kLanes) {
     const auto at = [&](int tile, int k, int part)
                         KV_LAMBDA { return a.numbers + part * a.part + tile * 16 * a.stride + k * kDepth; };
-    const int64_t stride = a.stride * sizeof(uint16_t);
-    _tile_loadd(0, out, 64);
-    _tile_loadd(1, out + 256, 64);
-    _tile_loadd(2, out + 512, 64);
-    _tile_loadd(3, out + 768, 64);
+    const int64_t stride = a.stride * sizeof(uint16_t), out_bytes = out_stride * sizeof(float);
+    _tile_loadd(0, out, out_bytes);
+    _tile_loadd(1, out + 16 * out_stride, out_bytes);
+    _tile_loadd(2, out + 32 * out_stride, out_bytes);
+    _tile_loadd(3, out + 48 * out_stride, out_bytes);
     for (int k = 0; k < depth; ++k) {
         _tile_loadd(4, b.tiles + k * kTileNumbers, 64);
         _tile_loadd(6, at(0, k, 0), stride);
@@ -153,10 +153,10 @@ KV_INLINE void multiply(const Rows& a, const Columns& b, int depth, float* out) 
         _tile_loadd(7, at(3, k, 1), stride);
         _tile_dpbf16ps(3, 7, 4);
     }
-    _tile_stored(0, out, 64);
-    _tile_stored(1, out + 256, 64);
-    _tile_stored(2, out + 512, 64);
-    _tile_stored(3, out + 768, 64);
+    _tile_stored(0, out, out_bytes);
+    _tile_stored(1, out + 16 * out_stride, out_bytes);
+    _tile_stored(2, out + 32 * out_stride, out_bytes);
+    _tile_stored(3, out + 48 * out_stride, out_bytes);
 }
 
 }  // namespace

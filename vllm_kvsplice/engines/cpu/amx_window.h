@@ -33,7 +33,8 @@ struct AmxWindow {
     void attend(const A& a, const Block& b, ColumnsOf queries, float* sums) {
         const int32_t never = INT32_MAX;
         int32_t from = never, until = 0;
-        for (int row = 0; row < kManyRows; ++row) {
+        const int64_t groups = ceil_div(b.rows, kLanes);
+        for (int row = 0; row < groups * kLanes; ++row) {
             const bool reads = row < b.rows && a.step.window.size;
             begin[row] = reads ? static_cast<int32_t>(most<int64_t>(0, a.w.begin[row])) : never;
             end[row] = reads ? static_cast<int32_t>(a.w.last[row]) + 1 : 0;
@@ -42,7 +43,6 @@ struct AmxWindow {
             from = least(from, begin[row]);
             until = most(until, end[row]);
         }
-        const int64_t groups = ceil_div(b.rows, kLanes);
         std::memset(sums, 0, groups * wide * kLanes * sizeof(float));
         for (int32_t base = from / kTile * kTile; base < until; base += kTile) {
             load_tile(a, b, base, most(from, base), least(until, base + kTile));

@@ -430,7 +430,10 @@ void attend(const Codec& codec, int isa, const Tensor& query, const Tensor& page
     }
     int64_t longest = 0;
     for (int s = 0; s < step.sequences; ++s) longest = std::max<int64_t>(longest, step.seq_lens[s]);
-    if (codec.rotary) codec.rotary->reach_context(longest);
+    if (codec.rotary) {
+        codec.rotary->reach_position(longest - 1);
+        codec.rotary->reach_context(longest);
+    }
     available().at(isa)->attend(step);
 }
 

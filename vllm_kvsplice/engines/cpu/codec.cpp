@@ -55,16 +55,21 @@ void residual(const Layer& layer, const Half& half, bool key, int64_t position, 
     for (int d = 2 * pairs; d < layer.dim; ++d) out[d] = x[d] - half.mean[d];
     if (pairs == 0) return;
     const float *cosine = layer.rotary->angles + position * 2 * pairs, *sine = cosine + pairs, *mean = half.mean;
+    // Without `simd` compilers do not see that what a pair writes is not read by the next.
     if (layer.rotary->interleaved) {
+#pragma omp simd
         for (int f = 0; f < pairs; ++f) {
             const int a = 2 * f, b = a + 1;
             out[a] = x[a] - (mean[a] * cosine[f] - mean[b] * sine[f]);
             out[b] = x[b] - (mean[a] * sine[f] + mean[b] * cosine[f]);
         }
     } else {
-        for (int a = 0, b = pairs; a < pairs; ++a, ++b) {
-            out[a] = x[a] - (mean[a] * cosine[a] - mean[b] * sine[a]);
-            out[b] = x[b] - (mean[a] * sine[a] + mean[b] * cosine[a]);
+        const float *x_far = x + pairs, *mean_far = mean + pairs;
+        float* out_far = out + pairs;
+#pragma omp simd
+        for (int f = 0; f < pairs; ++f) {
+            out[f] = x[f] - (mean[f] * cosine[f] - mean_far[f] * sine[f]);
+            out_far[f] = x_far[f] - (mean[f] * sine[f] + mean_far[f] * cosine[f]);
         }
     }
 }

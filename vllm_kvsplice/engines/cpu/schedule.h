@@ -20,6 +20,13 @@ struct Plan {
     int64_t partial_rows;  // in all blocks that several threads share
 };
 
+// Query rows of a block at most.
+template <class Isa>
+int most_rows_of(const Step& step) {
+    if constexpr (Isa::kRows > Isa::kFewRows) return Isa::Prompt::most_rows(step);
+    return Isa::kRows;
+}
+
 // A block that several threads share keeps one partial result of every row a split, or a range of splits where an `Isa` has
 // its own way; whoever finishes last merges them in order.
 inline Plan plan(const Step& step, int most_rows, Block* blocks, int& threads) {
@@ -30,12 +37,13 @@ inline Plan plan(const Step& step, int most_rows, Block* blocks, int& threads) {
         for (int s = 0; s < step.sequences; ++s) {
             const int64_t queries = step.query_start[s + 1] - step.query_start[s], rows = queries * step.group;
             const int64_t context = step.seq_lens[s];
-            for (int64_t first = 0; first < rows; first += most_rows) {
+            const int64_t even = round_up(ceil_div(rows, ceil_div(rows, most_rows)), 16);
+            for (int64_t first = 0; first < rows; first += even) {
                 Block b{};
                 b.sequence = s;
                 b.head = h;
                 b.first = static_cast<int>(first);
-                b.rows = static_cast<int>(least<int64_t>(most_rows, rows - first));
+                b.rows = static_cast<int>(least<int64_t>(even, rows - first));
                 b.query = step.query_start[s];
                 b.context = context;
                 b.queries = queries;
@@ -92,14 +100,15 @@ void run_task(Attention<Isa>& a, Block& b, int range, int64_t length, float* par
 
 template <class Isa>
 void attend(const Step& step) {
+    const int most_rows = most_rows_of<Isa>(step);
     int64_t capacity = 0;
     for (int s = 0; s < step.sequences; ++s)
         capacity +=
             step.layer->heads *
-            ceil_div(static_cast<int64_t>(step.query_start[s + 1] - step.query_start[s]) * step.group, Isa::kRows);
+            ceil_div(static_cast<int64_t>(step.query_start[s + 1] - step.query_start[s]) * step.group, most_rows);
     Block* blocks = static_cast<Block*>(allocate(capacity * sizeof(Block)));
     int threads = step.threads;
-    const Plan made = plan(step, Isa::kRows, blocks, threads);
+    const Plan made = plan(step, most_rows, blocks, threads);
     float* partials =
         static_cast<float*>(allocate(made.partial_rows * Attention<Isa>::partial_size_of(*step.layer) * sizeof(float)));
     int next_block = 0, next_range = 0;
