@@ -149,7 +149,7 @@ struct AmxPrompt {
             Avx512::unpack_values(half, g, tiles, 0, tiles.count, values + g * 8 * kValueRow, kValueRow);
     }
 
-    // Groups of which some row reads a split.
+    // Groups of which some row reads a split: from one on all, because later rows read more.
     int pieces_of(int64_t base, int groups) {
         int count = 0;
         for (int group = 0; group < groups; ++group) {
@@ -170,7 +170,8 @@ struct AmxPrompt {
         return count;
     }
 
-    // While a turn's pieces are softened, the next one's keys and the last one's values are multiplied: the unit never sleeps.
+    // A turn takes kAtOnce pieces, and while they are softened the next turn's keys and the last one's values are multiplied:
+    // the unit never sleeps.
     template <class Keys>
     void run(const Keys& keys, int count, int tiles) {
         constexpr int kStep = Keys::kStep, N = Keys::kAtOnce;
@@ -196,7 +197,6 @@ struct AmxPrompt {
             for (int step = 0; step < steps; ++step) {
                 const int first = value_pairs * step / steps, until = value_pairs * (step + 1) / steps;
                 const int token = step * kStep;
-                // Of pieces that stand together the last reads most.
                 const Piece* longest = next[N - 1] ? next[N - 1] : next[0];
                 const bool scored = longest && token < longest->tiles * kTile;
                 if (scored) keys.multiply_tokens(queries, next[0]->group, token, products[0]);
