@@ -45,6 +45,7 @@ from vllm_kvsplice.errors import KVSpliceError
 
 SHAPES = [
     Case(((1, 1),)),
+    Case(((1, 40), (0, 17), (3, 9))),
     Case(((33, 33),), group=1),
     Case(((1, 300),), heads=3, dim=64),
     Case(((7, 33),), group=9, block=32),

@@ -93,6 +93,8 @@ def test_scores_heatmap_scatter_and_page_go_into_a_run(settings, tmp_path):
     metrics = {"trace": 0.97, "cond": 1e5, "energy_r8": 0.5, "eigmax": 0.1, "effective_rank": 7.0}
     run = make_run("mine", {f"fisher/layer2/head1/{name}": value for name, value in metrics.items()}, {})
     export_run("team/gpt2/abc", run, "in words", "<html>the page</html>", condition_scatter(run))
+    # A run that is finished may not be written yet; the client's own process has written all when it ends.
+    wandb.teardown()
     (written,) = tmp_path.glob("wandb/offline-run-*-abc")
     record = (written / "run-abc.wandb").read_bytes()
     names = ("compression_potential", "efficiency_score", "effective_rank", "trace_global_mean", "cond_global_mean")

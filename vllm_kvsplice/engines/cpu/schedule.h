@@ -37,7 +37,9 @@ inline Plan plan(const Step& step, int most_rows, Block* blocks, int& threads) {
         for (int s = 0; s < step.sequences; ++s) {
             const int64_t queries = step.query_start[s + 1] - step.query_start[s], rows = queries * step.group;
             const int64_t context = step.seq_lens[s];
-            const int64_t even = round_up(ceil_div(rows, ceil_div(rows, most_rows)), 16);
+            // As few blocks as may be, and those alike.
+            const int64_t count = most<int64_t>(1, ceil_div(rows, most_rows)),
+                          even = round_up(ceil_div(rows, count), 16);
             for (int64_t first = 0; first < rows; first += even) {
                 Block b{};
                 b.sequence = s;
