@@ -29,6 +29,11 @@ KV_INLINE void keep_sums(void* sums) {
     _tile_stored(3, at + 3 * kTileBytes, 64);
 }
 
+// What they hold, of whole numbers or of floats.
+struct Products {
+    alignas(64) int32_t sums[4 * 16][kLanes];
+};
+
 // 16 x 16 numbers of 32 bits, rows `stride` bytes apart; column c goes to `to(c)`.
 template <class To>
 KV_INLINE void turn(const void* from, int64_t stride, To to) {
@@ -57,6 +62,17 @@ KV_INLINE void turn(const void* from, int64_t stride, To to) {
         _mm512_storeu_si512(to(8 + i), _mm512_shuffle_i32x4(even_low, even_high, kOdd));
         _mm512_storeu_si512(to(12 + i), _mm512_shuffle_i32x4(odd_low, odd_high, kOdd));
     });
+}
+
+// A tile's keys token by token, from quads of latents, for which `quads` is memory: 64 latents from 64 `part` on go to
+// to(part, token).
+template <class To>
+KV_INLINE void unpack_tokens(const Half& half, const Tiles& tiles, int tile, int8_t* quads, To to) {
+    Avx512::unpack_keys<false>(half, tiles, tile, quads);
+    for (int part = 0; part < ceil_div(half.latents, 64); ++part)
+        for (int j = 0; j < 4; ++j)
+            turn(quads + part * 64 * kTile + 64 * j, 256,
+                 [&](int c) KV_LAMBDA { return to(part, c / 4 * 16 + 4 * j + c % 4); });
 }
 
 // Four numbers of 16 bits a lane as four high and four low bytes, all signed.

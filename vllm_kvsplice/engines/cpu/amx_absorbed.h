@@ -27,8 +27,8 @@ struct AbsorbedKeys {
     int key_tiles, factor_tiles, pairs;
     int64_t width;  // of a token's keys
     const Series* tables;
-    int8_t *queries,
-        *factors;          // [groups, key tiles], [segments of a split, groups, factor tiles] of tiles, high and low
+    int8_t* queries;       // [groups, key tiles] of tiles, high and low
+    int8_t* factors;       // [segments of a split, groups, factor tiles] of these
     int32_t* constants;    // [segments of a split, groups, 16 rows]: of the series, in units
     float* absorbed;       // [groups, wide, 16 rows]
     float* series;         // [groups, 2, pairs, 16 rows]: of the mean keys, in units
@@ -129,21 +129,14 @@ struct AbsorbedKeys {
         const int64_t base = static_cast<int64_t>(split) * kSplit;
         if (half.group_count) {
             const Tiles coded = a.tiles_of(b, true, split, tiles);
-            for (int tile = 0; tile < tiles; ++tile) unpack(half, coded, tile);
+            for (int tile = 0; tile < tiles; ++tile)
+                unpack_tokens(half, coded, tile, quads, [&](int part, int token) KV_LAMBDA {
+                    return keys + (part * kSplit + tile * kTile + token) * 64;
+                });
         }
         for (int segment = 0; factor_tiles && segment * kSegment < tiles * kTile; ++segment)
             for (int group = 0; group < ceil_div(b.rows, kLanes); ++group)
                 turn_series(base / kSegment + segment, group, factors_of(segment, group), constants_of(segment, group));
-    }
-
-    // Token by token, from quads of latents.
-    void unpack(const Half& half, const Tiles& tiles, int tile) {
-        Avx512::unpack_keys<false>(half, tiles, tile, quads);
-        for (int part = 0; part < ceil_div(half.latents, 64); ++part)
-            for (int j = 0; j < 4; ++j)
-                turn(quads + part * 64 * kTile + 64 * j, 256, [&](int c) KV_LAMBDA {
-                    return keys + (part * kSplit + tile * kTile + c / 4 * 16 + 4 * j + c % 4) * 64;
-                });
     }
 
     // The rows' series around a segment's centre, as the factors of its cosines, sines and polynomials. What is constant

@@ -31,6 +31,7 @@ struct AmxQueries {
         depth = static_cast<int>(ceil_div(dim, kDepth));
         parts = parts_of(a.step.query.dtype);
         place(at, rows, 2 * kLanes * wide);
+        // One group more, of nobody: the last of an odd number is multiplied together with it.
         place(at, tiles, (kGroups + 1) * parts * depth * kTileNumbers);
         place(at, turned, wide * kLanes);
     }
@@ -77,11 +78,6 @@ struct AmxQueries {
 // What rows' scores are worth, in units of log2: unit * score + constant; and what position 0 scores.
 struct Worth {
     float unit[kManyRows], constant[kManyRows], first[kManyRows];
-};
-
-// Tokens of a split that are multiplied at once leave this behind.
-struct Products {
-    alignas(64) int32_t sums[4 * 16][kLanes];
 };
 
 }  // namespace

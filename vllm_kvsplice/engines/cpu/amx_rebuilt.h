@@ -17,13 +17,13 @@ struct RebuiltKeys {
     // the better, but a block's numbers should stay in the second cache.
     static constexpr int kWorth = 128, kRows = kManyRows;
 
-    int dim, wide;         // D, and rounded up to a product's rows
-    int key_tiles, depth;  // latents of a layer in 64s, and of a head in 32s
-    uint16_t* synthesis;   // [D / 16, depth] of tiles
-    int8_t* quads;         // of a tile
-    uint16_t* levels;      // of a tile: [64, R]
-    float* restored;       // of a tile: [64, wide]
-    uint16_t* keys;        // of a split: [kSplit / 16, wide / 32] of tiles
+    int dim, wide;          // D, and rounded up to a product's rows
+    int key_tiles, depth;   // latents of a layer in 64s, and of a head in 32s
+    uint16_t* synthesis;    // [D / 16, depth] of tiles
+    int8_t *quads, *bytes;  // of a tile: levels in quads, and [64, R]
+    uint16_t* levels;       // the same in bfloat16
+    float* restored;        // of a tile: [64, wide]
+    uint16_t* keys;         // of a split: [kSplit / 16, wide / 32] of tiles
 
     // Queries are bfloat16 numbers as they come.
     static bool suits(const Step& step) { return step.query.dtype == Dtype::kBfloat16; }
@@ -35,6 +35,7 @@ struct RebuiltKeys {
         key_tiles = static_cast<int>(ceil_div(a.key_latents, 64));
         place(at, synthesis, wide / kLanes * 2 * key_tiles * kTileNumbers);
         place(at, quads, kTile * key_tiles * 64);
+        place(at, bytes, kTile * key_tiles * 64);
         place(at, levels, kTile * key_tiles * 64);
         place(at, restored, kTile * wide);
         place(at, keys, kSplit * wide);
@@ -138,13 +139,9 @@ struct RebuiltKeys {
 
     void add_latents(const Half& half, const Tiles& tiles, int tile) {
         const int64_t width = key_tiles * 64;
-        Avx512::unpack_keys<false>(half, tiles, tile, quads);
-        for (int part = 0; part < ceil_div(half.latents, 64); ++part)
-            for (int j = 0; j < 4; ++j) {
-                alignas(64) int8_t bytes[16][64];
-                turn(quads + part * 64 * kTile + 64 * j, 256, [&](int c) KV_LAMBDA { return bytes[c]; });
-                for (int c = 0; c < 16; ++c) widen(bytes[c], levels + (c / 4 * 16 + 4 * j + c % 4) * width + part * 64);
-            }
+        unpack_tokens(half, tiles, tile, quads,
+                      [&](int part, int token) KV_LAMBDA { return bytes + token * width + part * 64; });
+        for (int i = 0; i < kTile * width; i += 64) widen(bytes + i, levels + i);
         for (int d = 0; d < dim; d += kLanes)
             multiply({levels, width, 0, 1}, {synthesis + d / kLanes * depth * kTileNumbers, 0, 1}, depth, restored + d,
                      wide);
